@@ -1,0 +1,136 @@
+"""The one place that decides which backend computes selective scan, causal conv and segment attention.
+
+`auto` takes the first backend for the tensors' device that can run and logs that once; a backend that the user names
+either runs or raises. Signatures, shapes and semantics of the three operations: reference.py.
+"""
+
+import functools
+import importlib
+import logging
+import os
+from types import ModuleType, TracebackType
+from typing import NamedTuple
+
+from torch import Tensor
+
+from hymba_tune.errors import UserError
+
+__all__ = ["BACKENDS", "OpChoice", "causal_conv1d", "explain", "segment_attention", "selective_scan", "use_backend"]
+
+logger = logging.getLogger(__name__)
+
+OPS = ("selective_scan", "causal_conv1d", "segment_attention")
+BACKENDS = ("auto", "reference")
+ENVIRONMENT_VARIABLE = "HYMBA_TUNE_BACKEND"
+
+# A backend is a module with the operations as functions, DEVICES that it runs on, and `available(op) -> (ok, reason)`.
+_MODULES = {"reference": "hymba_tune.model.ops.reference"}
+_PREFERENCE = {"cpu": ("reference",), "cuda": ("reference",)}
+
+
+class OpChoice(NamedTuple):
+    """One line of `doctor`: what a backend can do for an operation here, and why."""
+
+    op: str
+    backend: str
+    available: bool
+    reason: str
+
+
+class use_backend:
+    """Choose the backend for every operation from now on, or for a `with` block: `with use_backend("reference"):`."""
+
+    def __init__(self, name: str) -> None:
+        global _chosen
+        self._previous = _chosen
+        _chosen = _checked(name, "model.backend")
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _chosen
+        _chosen = self._previous
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    gate: Tensor,
+    cu_seqlens: Tensor,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gated selective scan over segments -> (y, final_state); see reference.selective_scan."""
+    backend = _backend("selective_scan", x.device.type)
+    return backend.selective_scan(x, dt, A, B, C, D, gate, cu_seqlens, initial_state)
+
+
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor, initial_state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Depthwise causal conv + bias + silu over segments -> (y, final_state); see reference.causal_conv1d."""
+    backend = _backend("causal_conv1d", x.device.type)
+    return backend.causal_conv1d(x, weight, bias, cu_seqlens, initial_state)
+
+
+def segment_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    prefix_k: Tensor | None = None,
+    prefix_v: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Windowed causal attention over segments with a shared prefix -> (T, H, dv); see reference.segment_attention."""
+    backend = _backend("segment_attention", q.device.type)
+    return backend.segment_attention(q, k, v, cu_seqlens, prefix_k, prefix_v, window)
+
+
+def explain() -> list[OpChoice]:
+    """Every operation in every backend, in order of `auto`'s preference: whether it can run here, and why."""
+    return [OpChoice(op, name, *_load(name).available(op)) for op in OPS for name in _MODULES]
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise UserError(f"{source}: {name!r} is no backend; choose one of {', '.join(BACKENDS)}")
+    return name
+
+
+_chosen = _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
+
+
+def _load(name: str) -> ModuleType:
+    return importlib.import_module(_MODULES[name])
+
+
+def _backend(op: str, device: str) -> ModuleType:
+    return _automatic(op, device) if _chosen == "auto" else _named(_chosen, op, device)
+
+
+@functools.cache
+def _automatic(op: str, device: str) -> ModuleType:
+    for name in _PREFERENCE.get(device, ("reference",)):
+        ok, reason = _load(name).available(op)
+        if ok:
+            logger.info("%s on %s: backend %s (%s)", op, device, name, reason)
+            return _load(name)
+    raise AssertionError("the reference backend is always available")
+
+
+@functools.cache
+def _named(name: str, op: str, device: str) -> ModuleType:
+    module = _load(name)
+    ok, reason = module.available(op)
+    if device not in module.DEVICES:
+        ok, reason = False, f"it runs on {' or '.join(module.DEVICES)}, the tensors are on {device}"
+    if not ok:
+        raise UserError(f"model.backend: {name} can't run {op}: {reason}; use auto or reference")
+    return module
