@@ -1,0 +1,35 @@
+"""Native Hymba. Importing this registers `hymba` with transformers' Auto classes, so no remote code is ever needed."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hymba_tune.errors import UserError
+from hymba_tune.model.cache import HymbaCache
+from hymba_tune.model.config import HymbaConfig
+from hymba_tune.model.modeling import HymbaForCausalLM, HymbaModel
+
+__all__ = ["HymbaCache", "HymbaConfig", "HymbaForCausalLM", "HymbaModel", "load_model"]
+
+AutoConfig.register("hymba", HymbaConfig)
+AutoModelForCausalLM.register(HymbaConfig, HymbaForCausalLM)
+
+
+def load_model(
+    path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> HymbaForCausalLM:
+    """A Hymba checkpoint from a folder or a hub id: safetensors only, no remote code.
+
+    Raises:
+        UserError: nothing usable there, or another model.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {path}: {str(error).splitlines()[0]}; give a Hymba folder or hub id") from error
+    if not isinstance(model, HymbaForCausalLM):
+        raise UserError(f"model {path}: a {type(model).__name__}, not a Hymba; give a Hymba folder or hub id")
+    # The published generation_config switches the cache off, because it was wrong there.
+    model.generation_config.use_cache = True
+    return model.to(device)

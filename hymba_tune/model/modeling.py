@@ -1,0 +1,456 @@
+"""Hymba (arXiv 2411.13676, section 2) on the stream: hybrid heads, meta tokens, cross-layer K/V.
+
+    HybridHeadMixer  attention and SSM heads side by side on the same input
+    DecoderLayer     mixer, then MLP, each with a residual
+    HymbaModel       meta tokens + embeddings -> layers -> final norm
+    HymbaForCausalLM and the tied head
+
+Modules and parameters carry the official checkpoint's names. Shapes: T tokens of the stream (meta tokens included),
+C hidden size, H query heads, Hkv K/V heads, d/dv features of a key/value head, Dn channels and N state size of the SSM,
+R rank of dt, K conv width, B rows, L slots a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from hymba_tune.model import ops
+from hymba_tune.model.cache import HymbaCache
+from hymba_tune.model.config import HymbaConfig
+from hymba_tune.model.loss import chunked_cross_entropy
+from hymba_tune.model.stream import Stream, packed_to_stream, rows_to_stream
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the mean of squares in float32; the input's dtype comes back."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (self.weight * wide).to(x.dtype)
+
+
+class DtProjection(nn.Linear):
+    """Linear (.., R) -> (.., Dn) float32: the product runs in the input's dtype, the bias is added in float32.
+
+    softplus sits at small values, where a bias rounded to bfloat16 would make dt 30 times less exact.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = F.linear(x, self.weight.to(x.dtype))
+        wide = torch.promote_types(product.dtype, torch.float32)
+        return product.to(wide) + self.bias.to(wide)
+
+
+class HybridHeadMixer(nn.Module):
+    """Attention heads and SSM heads read the same projection; their normed outputs are averaged (section 2.1).
+
+    A consumer layer projects no K/V: it attends with its producer's. Attention-only and SSM-only layers ('a', 'm')
+    are the same module with one branch.
+    """
+
+    def __init__(self, config: HymbaConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.producer = config.kv_producer(layer)
+        self.window = config.window(layer)
+        self.head_dim, self.value_head_dim = config.head_dim(), config.value_head_dim()
+        self.has_attention, self.has_ssm = config.has_attention(layer), config.has_ssm(layer)
+        inner, heads, kv_heads = config.inner_size(), config.num_attention_heads, config.num_key_value_heads
+        produced = kv_heads if config.is_kv_producer(layer) else 0
+        self.sizes = [heads * self.head_dim, produced * self.head_dim, produced * self.value_head_dim]
+        self.sizes = self.sizes if self.has_attention else [0, 0, 0]
+        self.sizes += [inner, inner] if self.has_ssm else [0, 0]
+        width = inner if self.has_ssm else config.value_size(heads)
+        self.in_proj = nn.Linear(config.hidden_size, sum(self.sizes), bias=False)
+        self.out_proj = nn.Linear(width, config.hidden_size, bias=False)
+        if self.has_attention:
+            self.pre_avg_layernorm1 = RMSNorm(width, config.rms_norm_eps)
+        if self.has_ssm:
+            self.pre_avg_layernorm2 = RMSNorm(width, config.rms_norm_eps)
+            self._add_ssm(config, inner)
+
+    def _add_ssm(self, config: HymbaConfig, inner: int) -> None:
+        rank, state, kernel = int(config.mamba_dt_rank), config.mamba_d_state, config.mamba_d_conv
+        self.dt_rank, self.state_size = rank, state
+        self.conv1d = nn.Conv1d(inner, inner, kernel, groups=inner, padding=kernel - 1, bias=config.mamba_conv_bias)
+        self.x_proj = nn.ModuleList([nn.Linear(inner, rank + 2 * state, bias=False)])
+        self.dt_proj = nn.ModuleList([DtProjection(rank, inner)])
+        self.A_log = nn.ParameterList([torch.log(torch.arange(1.0, state + 1).expand(inner, state).contiguous())])
+        self.D = nn.ParameterList([torch.ones(inner)])
+        self.dt_layernorm = RMSNorm(rank, config.rms_norm_eps)
+        self.B_layernorm = RMSNorm(state, config.rms_norm_eps)
+        self.C_layernorm = RMSNorm(state, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        shared_k: Tensor | None,
+        shared_v: Tensor | None,
+        stream: Stream,
+        rope: tuple[Tensor, Tensor],
+        cache: HymbaCache | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """hidden (T, C); shared_k (T, Hkv, d), shared_v (T, Hkv, dv) of the producer -> output (T, C), this layer's K/V."""
+        q, k, v, x, gate = self.in_proj(hidden).split(self.sizes, dim=-1)
+        branches = []
+        if self.has_attention:
+            q = _rotate(q.unflatten(-1, (-1, self.head_dim)), rope)
+            if self.producer == self.layer:
+                shared_k = _rotate(k.unflatten(-1, (-1, self.head_dim)), rope)
+                shared_v = v.unflatten(-1, (-1, self.value_head_dim))
+            assert shared_k is not None and shared_v is not None
+            attended = self._attend(q, shared_k, shared_v, stream, cache)
+            branches.append(self.pre_avg_layernorm1(attended.flatten(1)))
+        if self.has_ssm:
+            branches.append(self.pre_avg_layernorm2(self._ssm(x, gate, stream, cache)))
+        mixed = branches[0] if len(branches) == 1 else (branches[0] + branches[1]) / 2
+        return self.out_proj(mixed), shared_k, shared_v
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, stream: Stream, cache: HymbaCache | None) -> Tensor:
+        """-> (T, H, dv)"""
+        if cache is not None and cache.is_initialized:
+            return cache.attend(self.producer, q, k, v, stream, self.window)
+        meta = stream.num_meta
+        if not meta:
+            return ops.segment_attention(q, k, v, stream.cu_seqlens, window=self.window)
+        ends = torch.tensor([0, meta], device=q.device)
+        of_meta = ops.segment_attention(q[:meta], k[:meta], v[:meta], ends)
+        of_documents = ops.segment_attention(
+            q[meta:], k[meta:], v[meta:], stream.cu_seqlens, k[:meta], v[:meta], self.window
+        )
+        return torch.cat([of_meta, of_documents])
+
+    def _ssm(self, x: Tensor, gate: Tensor, stream: Stream, cache: HymbaCache | None) -> Tensor:
+        """(T, Dn), (T, Dn) -> (T, Dn): the meta tokens first, then every document from the state they left."""
+        conv_state, scan_state = self._past(cache)
+        meta = stream.num_meta
+        if not meta:
+            y, conv_state, scan_state = self._scan(x, gate, stream.cu_seqlens, conv_state, scan_state)
+        else:
+            ends = torch.tensor([0, meta], device=x.device)
+            y_meta, conv_state, scan_state = self._scan(x[:meta], gate[:meta], ends, conv_state, scan_state)
+            y, conv_state, scan_state = self._scan(x[meta:], gate[meta:], stream.cu_seqlens, conv_state, scan_state)
+            y = torch.cat([y_meta, y])
+        if cache is not None:
+            cache.set_states(self.layer, conv_state, scan_state)
+        return y
+
+    def _past(self, cache: HymbaCache | None) -> tuple[Tensor | None, Tensor | None]:
+        states = cache.states(self.layer) if cache is not None and cache.is_initialized else None
+        return (None, None) if states is None else states
+
+    def _scan(
+        self, x: Tensor, gate: Tensor, cu_seqlens: Tensor, conv_state: Tensor | None, scan_state: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Conv, selection and scan of segments -> y (T, Dn), conv state (S, Dn, K), scan state (S, Dn, N)."""
+        x, conv_state = ops.causal_conv1d(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, cu_seqlens, conv_state)
+        dt, b, c = self.x_proj[0](x).split([self.dt_rank, self.state_size, self.state_size], dim=-1)
+        dt = self.dt_proj[0](self.dt_layernorm(dt))
+        a = -torch.exp(self.A_log[0].to(dt.dtype))
+        y, scan_state = ops.selective_scan(
+            x, dt, a, self.B_layernorm(b), self.C_layernorm(c), self.D[0].to(dt.dtype), gate, cu_seqlens, scan_state
+        )
+        return y, conv_state, scan_state
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), (T, C) -> (T, C)."""
+
+    def __init__(self, config: HymbaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class SingleExpert(nn.Module):
+    """The official model keeps its MLP as the only expert of a mixture; this holds the name `moe.experts.0`."""
+
+    def __init__(self, config: HymbaConfig) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([MLP(config)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts[0](x)
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """Mixer and MLP, each after a norm and with a residual.
+
+    Hidden states and shared K/V are positional, so that both kinds of gradient checkpointing see their gradients.
+    """
+
+    def __init__(self, config: HymbaConfig, layer: int) -> None:
+        super().__init__()
+        self.mamba = HybridHeadMixer(config, layer)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.moe = SingleExpert(config)
+        self.pre_moe_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        shared_k: Tensor | None,
+        shared_v: Tensor | None,
+        *,
+        stream: Stream,
+        rope: tuple[Tensor, Tensor],
+        cache: HymbaCache | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        mixed, k, v = self.mamba(self.input_layernorm(hidden), shared_k, shared_v, stream, rope, cache)
+        hidden = hidden + mixed
+        return hidden + self.moe(self.pre_moe_layernorm(hidden)), k, v
+
+
+class HymbaPreTrainedModel(PreTrainedModel):
+    config_class = HymbaConfig
+    config: HymbaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["DecoderLayer"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    # The scan's decay rates and skip are exponentiated or summed over thousands of steps: never below float32.
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["A_log", "D"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, DtProjection):
+            init.normal_(module.weight, std=std)
+            init.copy_(module.bias, _dt_bias(module.out_features))
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
+            init.normal_(module.weight, std=std)
+        elif isinstance(module, nn.Conv1d):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, HybridHeadMixer) and module.has_ssm:
+            states = torch.arange(1.0, module.state_size + 1).expand_as(module.A_log[0])
+            init.copy_(module.A_log[0], torch.log(states))
+            init.ones_(module.D[0])
+        elif isinstance(module, HymbaModel):
+            init.normal_(module.memory_tokens, std=std)
+
+
+class HymbaModel(HymbaPreTrainedModel):
+    """Hidden states of real tokens; the meta tokens are prepended once a forward and never leave it."""
+
+    def __init__(self, config: HymbaConfig) -> None:
+        super().__init__(config)
+        self.memory_tokens = nn.Parameter(torch.empty(config.num_memory_tokens, config.hidden_size))
+        # No padding_idx: the official pad id differs between config and tokenizer, and padding is never embedded anyway.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([DecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.final_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: HymbaCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """The backbone.
+
+        Args:
+            input_ids: (B, L), or inputs_embeds: (B, L, C).
+            attention_mask: (B, cached slots + L), nonzero at tokens: it alone decides what is padding.
+            position_ids: (B, L) without meta tokens; marks documents where there is neither mask nor cache.
+            past_key_values: a HymbaCache, empty or to be continued.
+            use_cache: fill a cache (made here if none is passed).
+            seq_idx: (B, L), cu_seq_lens_q: (documents + 1,): packed documents. Other packing fields are implied.
+
+        Returns:
+            last_hidden_state (B, L, C), zeros at padding; past_key_values; hidden_states if asked for.
+
+        Raises:
+            ValueError: inputs contradict each other, or packed rows are to be cached.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass either input_ids or inputs_embeds")
+        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        wants_cache = use_cache if use_cache is not None else self.config.use_cache
+        cache = past_key_values
+        if cache is None and wants_cache and not self.training:
+            cache = HymbaCache(self.config)
+        stream = self._stream(embeds, attention_mask, position_ids, seq_idx, cu_seq_lens_q, cache)
+        hidden = stream.flatten(embeds)
+        if stream.num_meta:
+            hidden = torch.cat([self.memory_tokens.to(hidden.dtype), hidden])
+        recorded = self._run_layers(hidden, stream, cache, bool(output_hidden_states))
+        last = stream.unflatten(self.final_layernorm(recorded[-1])[stream.num_meta :])
+        hidden_states = None
+        if output_hidden_states:
+            inner = [stream.unflatten(states[stream.num_meta :]) for states in recorded[:-1]]
+            hidden_states = (*inner, last)
+        return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=cache, hidden_states=hidden_states)
+
+    def _stream(
+        self,
+        embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        seq_idx: Tensor | None,
+        cu_seq_lens_q: Tensor | None,
+        cache: HymbaCache | None,
+    ) -> Stream:
+        shape, meta = (embeds.shape[0], embeds.shape[1]), self.config.num_memory_tokens
+        if cache is None:
+            return packed_to_stream(
+                shape, meta, attention_mask, position_ids, seq_idx, cu_seq_lens_q, device=embeds.device
+            )
+        if seq_idx is not None or cu_seq_lens_q is not None:
+            raise ValueError("packed rows (seq_idx, cu_seq_lens_q) can't fill a cache: pass use_cache=False")
+        return rows_to_stream(
+            shape, meta, attention_mask, position_ids, cache.lengths, cache.get_seq_length(), device=embeds.device
+        )
+
+    def _run_layers(self, hidden: Tensor, stream: Stream, cache: HymbaCache | None, record: bool) -> list[Tensor]:
+        """-> [.., output of the last layer]; with `record` preceded by the input of every layer."""
+        rope = _rope_table(stream.rope_ids, self.config, hidden.dtype)
+        produced: dict[int, tuple[Tensor, Tensor]] = {}
+        recorded = []
+        for i, layer in enumerate(self.layers):
+            if record:
+                recorded.append(hidden)
+            shared_k, shared_v = produced.get(self.config.kv_producer(i), (None, None))
+            hidden, k, v = layer(hidden, shared_k, shared_v, stream=stream, rope=rope, cache=cache)
+            if self.config.is_kv_producer(i):
+                produced[i] = (k, v)
+        if cache is not None:
+            cache.append(stream, produced)
+        return [*recorded, hidden]
+
+
+class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
+    """Hymba with its language-model head, tied to the embedding."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: HymbaConfig) -> None:
+        super().__init__(config)
+        self.model = HymbaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: HymbaCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As HymbaModel.forward, then logits.
+
+        Args:
+            labels: (B, L), -100 where nothing is scored; the token at slot t + 1 is scored by the logits at slot t.
+            logits_to_keep: the last n slots, or a tensor of slots; 0 keeps all.
+
+        Returns:
+            loss: mean cross-entropy (over `num_items_in_batch` if the Trainer passes it); logits (B, kept, V), None
+            while training with labels, where the loss never holds the logits of a whole batch.
+        """
+        outputs = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
+        )
+        hidden = outputs.last_hidden_state
+        loss = logits = None
+        if labels is not None:
+            loss = chunked_cross_entropy(
+                hidden[:, :-1], self.lm_head.weight, labels[:, 1:], kwargs.get("num_items_in_batch")
+            )
+        if labels is None or not self.training:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, kept, :])
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Let `generate` use a HymbaCache planned for its whole length, unless it was given one or told not to."""
+        given = model_kwargs.get("past_key_values")
+        if given is not None and not isinstance(given, HymbaCache):
+            raise ValueError(f"past_key_values is a {type(given).__name__}; Hymba continues a HymbaCache")
+        if given is None and generation_config.use_cache:
+            model_kwargs["past_key_values"] = HymbaCache(self.config, max_length=max_cache_length)
+
+
+def _rope_table(rope_ids: Tensor, config: HymbaConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin (T, 1, d) of the positions, in float32 at least."""
+    dim, wide = config.head_dim(), torch.promote_types(dtype, torch.float32)
+    exponents = torch.arange(0, dim, 2, device=rope_ids.device, dtype=wide) / dim
+    angles = rope_ids.to(wide)[:, None] * (config.rope_base() ** -exponents)
+    angles = torch.cat([angles, angles], dim=-1)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """RoPE on (T, heads, d): the halves of each head are the pairs."""
+    cos, sin = rope
+    wide = x.to(cos.dtype)
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+def _dt_bias(size: int) -> Tensor:
+    """softplus^-1 of steps drawn log-uniformly from 0.001 to 0.1 (Mamba, arXiv 2312.00752, section 3.6)."""
+    steps = torch.exp(torch.rand(size) * math.log(0.1 / 0.001) + math.log(0.001))
+    return steps + torch.log(-torch.expm1(-steps))
