@@ -1,0 +1,1 @@
+"""Scoring a model: batched generation and log-likelihood, the benchmarks' protocols, and the results they write."""
