@@ -32,4 +32,4 @@ def load_model(
         raise UserError(f"model {path}: a {type(model).__name__}, not a Hymba; give a Hymba folder or hub id")
     # The published generation_config switches the cache off, because it was wrong there.
     model.generation_config.use_cache = True
-    return model.to(device)
+    return model.to(device)  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
 """HymbaCache: what a batch of conversations leaves behind, and attention over it.
 
 K/V live with their producers only: the meta tokens' once for the whole batch, a global layer's for every token, a
-windowed layer's in a ring of W positions. Every layer with an SSM branch keeps the last K raw conv inputs and the scan's
-state in float32. Rows may have different lengths; padding is never stored.
+windowed layer's in a ring of W positions. Every layer with an SSM branch keeps the last K raw conv inputs and the state
+of its scan in float32. Rows may have different lengths; padding is never stored.
 
 Shapes: B rows, L slots a row in this call, H heads, G query heads a K/V head, P cached positions, M meta tokens, d/dv
 features of a key/value head, Dn channels, N state size, K conv width.
@@ -73,7 +73,7 @@ class HymbaCache(Cache):
 
     config: HymbaConfig
     max_length: int | None = None
-    layers: list[LayerCache] = field(init=False)
+    layers: list[LayerCache] = field(init=False)  # type: ignore[assignment]
     lengths: Tensor | None = field(init=False, default=None)
     slots: int = field(init=False, default=0)
 
@@ -282,7 +282,10 @@ def _attend_rows(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, rows: _Rows
 
     The three kinds of keys are scored apart and share one softmax, so that no cached tensor is copied.
     """
-    assert cache.k is not None and cache.v is not None and cache.meta_k is not None and cache.meta_v is not None
+    assert cache.k is not None
+    assert cache.v is not None
+    assert cache.meta_k is not None
+    assert cache.meta_v is not None
     batch, length, heads, dim = q.shape
     kv_heads = k.shape[2]
     q_heads = (q * dim**-0.5).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)

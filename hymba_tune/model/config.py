@@ -14,17 +14,24 @@ from transformers import PreTrainedConfig
 
 ATTENTION_BRANCH = ("h", "a")
 SSM_BRANCH = ("h", "m")
-# Keys of the published file that would bring remote code or a backend transformers does not know.
-_DROPPED_KEYS = ("auto_map", "attn_implementation", "attn_implementation_new")
+# Keys of the published file that would bring remote code or a backend transformers does not know, or make a trainer
+# look for the router of a mixture of experts.
+_DROPPED_KEYS = (
+    "auto_map",
+    "attn_implementation",
+    "attn_implementation_new",
+    "output_router_logits",
+    "router_aux_loss_coef",
+)
 
 
 @strict
 class HymbaConfig(PreTrainedConfig):
     """Configuration of a Hymba model (arXiv 2411.13676, section 2).
 
-    `layer_type` holds one letter a layer: 'h' hybrid, 'a' attention only, 'm' SSM only. `kv_reuse_group` lists groups of
-    layers whose first member produces K/V for the rest. `sliding_window` W lets a query see itself and W earlier tokens;
-    layers in `global_attn_idx` see everything. Lengths count tokens, sizes count features.
+    `layer_type` holds one letter a layer: 'h' hybrid, 'a' attention only, 'm' SSM only. `kv_reuse_group` lists groups
+    of layers whose first member produces K/V for the rest. `sliding_window` W lets a query see itself and W earlier
+    tokens; layers in `global_attn_idx` see everything. Lengths count tokens, sizes count features.
 
     Raises:
         ValueError: a key asks for something that no published Hymba has and this implementation does not compute.
@@ -102,6 +109,7 @@ class HymbaConfig(PreTrainedConfig):
             "kv_reuse_every_i_layer": (-1,),
             "memory_tokens_interspersed_every": (0,),
             "mamba_inner_layernorms": (True,),
+            "mamba_conv_bias": (True,),
             "mamba_proj_bias": (False,),
             "attention_dropout": (0, 0.0),
             "hidden_act": ("silu",),
@@ -144,7 +152,8 @@ class HymbaConfig(PreTrainedConfig):
         for group in self.kv_reuse_group or []:
             if group != sorted(group) or any(letters[layer] == "m" for layer in group):
                 raise ValueError(
-                    f"HymbaConfig.kv_reuse_group has {group!r}: a producer comes before its consumers, and all have attention"
+                    f"HymbaConfig.kv_reuse_group has {group!r}: a producer comes before its consumers, and all of them "
+                    "have attention"
                 )
 
     def _layer_letters(self) -> list[str]:

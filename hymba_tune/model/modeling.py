@@ -105,7 +105,7 @@ class HybridHeadMixer(nn.Module):
         rope: tuple[Tensor, Tensor],
         cache: HymbaCache | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """hidden (T, C); shared_k (T, Hkv, d), shared_v (T, Hkv, dv) of the producer -> output (T, C), this layer's K/V."""
+        """hidden (T, C); the producer's shared_k (T, Hkv, d), shared_v (T, Hkv, dv) -> output (T, C), the K/V used."""
         q, k, v, x, gate = self.in_proj(hidden).split(self.sizes, dim=-1)
         branches = []
         if self.has_attention:
@@ -113,7 +113,8 @@ class HybridHeadMixer(nn.Module):
             if self.producer == self.layer:
                 shared_k = _rotate(k.unflatten(-1, (-1, self.head_dim)), rope)
                 shared_v = v.unflatten(-1, (-1, self.value_head_dim))
-            assert shared_k is not None and shared_v is not None
+            assert shared_k is not None
+            assert shared_v is not None
             attended = self._attend(q, shared_k, shared_v, stream, cache)
             branches.append(self.pre_avg_layernorm1(attended.flatten(1)))
         if self.has_ssm:
@@ -158,6 +159,7 @@ class HybridHeadMixer(nn.Module):
         self, x: Tensor, gate: Tensor, cu_seqlens: Tensor, conv_state: Tensor | None, scan_state: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Conv, selection and scan of segments -> y (T, Dn), conv state (S, Dn, K), scan state (S, Dn, N)."""
+        assert self.conv1d.bias is not None
         x, conv_state = ops.causal_conv1d(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, cu_seqlens, conv_state)
         dt, b, c = self.x_proj[0](x).split([self.dt_rank, self.state_size, self.state_size], dim=-1)
         dt = self.dt_proj[0](self.dt_layernorm(dt))
@@ -225,10 +227,10 @@ class HymbaPreTrainedModel(PreTrainedModel):
     config: HymbaConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["DecoderLayer"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _no_split_modules: ClassVar[list[str]] = ["DecoderLayer"]  # type: ignore[misc]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]  # type: ignore[misc]
     # The scan's decay rates and skip are exponentiated or summed over thousands of steps: never below float32.
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["A_log", "D"]
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["A_log", "D"]  # type: ignore[misc]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -258,8 +260,8 @@ class HymbaModel(HymbaPreTrainedModel):
     def __init__(self, config: HymbaConfig) -> None:
         super().__init__(config)
         self.memory_tokens = nn.Parameter(torch.empty(config.num_memory_tokens, config.hidden_size))
-        # No padding_idx: the official pad id differs between config and tokenizer, and padding is never embedded anyway.
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # No padding_idx: the official pad id differs between config and tokenizer, and padding never enters a layer.
+        self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([DecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.final_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
@@ -359,7 +361,9 @@ class HymbaModel(HymbaPreTrainedModel):
 class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
     """Hymba with its language-model head, tied to the embedding."""
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {  # type: ignore[misc]
+        "lm_head.weight": "model.embed_tokens.weight"
+    }
 
     def __init__(self, config: HymbaConfig) -> None:
         super().__init__(config)
@@ -417,7 +421,7 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self,
         generation_config: Any,
         model_kwargs: dict[str, Any],
