@@ -1,0 +1,320 @@
+"""A recipe: one YAML file that says everything about one stage, and the frozen object it becomes.
+
+    recipe file -> the files it `extends` -> its `tiny` section (with --tiny) -> key=value -> Recipe
+
+Everything is checked here, before anything is downloaded or written: unknown keys, types, contradictions, missing files.
+Nothing of the training stack is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from hymba_tune.errors import UserError
+from hymba_tune.layers import Origin, Settings, assignment, overlay, read_chain, section
+from hymba_tune.paths import expand, find, is_hub_id
+from hymba_tune.trainer_keys import fields as trainer_fields
+from hymba_tune.trainer_keys import problem, unknown_key
+from hymba_tune.yaml_reader import Location, read_yaml
+
+DORA_TARGETS = ("in_proj", "out_proj", "x_proj.0", "dt_proj.0", "gate_proj", "up_proj", "down_proj")
+"""Every projection of a Hymba layer: attention and SSM branch, dt, and the MLP."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+
+
+class ModelSection(_Section):
+    """Where the weights come from.
+
+    `from`: a folder, a hub id, `tiny` (the embedded model), `scratch` (random weights, needs `config` and `tokenizer`) or
+    `stage:NAME` (what that stage wrote). `config` holds HymbaConfig keys; a path to a config.json is read into it.
+    """
+
+    source: str = Field(alias="from")
+    config: dict[str, Any] | None = None
+    tokenizer: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    backend: Literal["auto", "reference", "cpu", "triton"] = "auto"
+
+
+class DataSection(_Section):
+    """What is learned from: a mix, made into rows of at most `max_length` tokens.
+
+    `limit` keeps that many conversations of the mix, `validation` holds that many out; a document that does not fit a row is
+    dropped or truncated, and counted.
+    """
+
+    mix: str
+    max_length: PositiveInt = 8192
+    packing: Literal["bfd", "none"] = "bfd"
+    too_long: Literal["drop", "truncate"] = "drop"
+    seed: int = 0
+    limit: PositiveInt | None = None
+    validation: PositiveInt | None = None
+
+
+class AdapterSection(_Section):
+    """A low-rank adapter instead of full fine-tuning; `targets` name modules by the end of their names."""
+
+    type: Literal["dora", "lora"]
+    r: PositiveInt = 16
+    alpha: PositiveInt = 32
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: list[str] = Field(default=list(DORA_TARGETS), min_length=1)
+
+
+class TrainerSection(_Section):
+    """TRL's own config keys, and `global_batch`: rows a step over all processes (null: no accumulation)."""
+
+    model_config = ConfigDict(extra="allow")
+
+    global_batch: PositiveInt | None = None
+    per_device_train_batch_size: PositiveInt = 1
+
+
+class LaunchSection(_Section):
+    """The processes: an accelerate configuration of `accelerate_configs/`, and how many."""
+
+    config: Literal["single"] = "single"
+    processes: PositiveInt = 1
+
+
+class EvalSection(_Section):
+    """What is measured before and after the stage. `data`: the folder with benchmark files, where there is no hub."""
+
+    suites: list[str] = []
+    limit: PositiveInt | None = None
+    before: bool = True
+    after: bool = True
+    batch_tokens: PositiveInt = 16384
+    max_new_tokens: PositiveInt | None = None
+    data: str | None = None
+
+
+class OutputSection(_Section):
+    """The run directory; `{stage}` stands for the stage's name."""
+
+    dir: str = "runs/{stage}"
+
+
+class Recipe(_Section):
+    """One stage, resolved and checked."""
+
+    stage: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    method: Literal["sft", "dpo", "pretrain"]
+    model: ModelSection
+    data: DataSection
+    adapter: AdapterSection | None = None
+    trainer: TrainerSection = TrainerSection()
+    launch: LaunchSection = LaunchSection()
+    eval: EvalSection = EvalSection()
+    output: OutputSection = OutputSection()
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches a step: global_batch / (per_device_train_batch_size * processes)."""
+        rows = self.trainer.per_device_train_batch_size * self.launch.processes
+        return (self.trainer.global_batch or rows) // rows
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """The keyword arguments for TRL's config class that the recipe decides."""
+        return {
+            **(self.trainer.model_extra or {}),
+            "per_device_train_batch_size": self.trainer.per_device_train_batch_size,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values under the names a recipe file uses."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as a file that load_recipe reads back unchanged."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), tiny: bool = False) -> Recipe:
+    """Read, merge and check a recipe.
+
+    `overrides` are `section.key=value` texts; `tiny` lays the recipe's own `tiny` section on top (below the overrides).
+    Paths may be relative to the recipe file, its parent folder, the working directory or the repository; `${NAME}` is
+    taken from the environment. Raises UserError that lists every problem, one a line.
+    """
+    settings = _merged(Path(path) if Path(path).exists() else find(str(path), []) or Path(path), tiny)
+    for text in overrides:
+        settings = overlay(settings, assignment(text))
+    settings = _with_paths(settings)
+    try:
+        recipe = Recipe.model_validate(settings.values)
+    except ValidationError as error:
+        raise _report(settings, _invalid(error)) from None
+    problems = list(_contradictions(recipe))
+    if problems:
+        raise _report(settings, problems)
+    return recipe
+
+
+def _merged(path: Path, tiny: bool) -> Settings:
+    """The recipe file over those it extends, with the sections called `tiny` merged last or left out."""
+    chain = read_chain(path)
+    merged = Settings({}, {})
+    for layer in chain:
+        merged = overlay(merged, _with_config_file(layer))
+    plain, tiny_section = section(merged, "tiny")
+    if not tiny:
+        return plain
+    if tiny_section is None:
+        raise UserError(
+            f"{path}: has no `tiny` section, so --tiny means nothing here; add one, or extend a recipe with one"
+        )
+    return overlay(plain, tiny_section)
+
+
+def _with_config_file(layer: Settings) -> Settings:
+    """`model.config: FILE` replaced by what the file holds, so that single keys can be laid over it."""
+    model = layer.values.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("config"), str):
+        return layer
+    origin = layer.origin(("model", "config"))
+    config, _ = read_yaml(_existing(model["config"], origin, "model.config"))  # JSON is YAML
+    return Settings({**layer.values, "model": {**model, "config": config}}, layer.origins)
+
+
+def _with_paths(settings: Settings) -> Settings:
+    """Every name of a file or folder made absolute, `${NAME}` and `{stage}` filled in."""
+    values = {name: dict(part) if isinstance(part, dict) else part for name, part in settings.values.items()}
+    for name, key, resolve in (
+        ("model", "from", _weights),
+        ("model", "tokenizer", _tokenizer),
+        ("data", "mix", _mix),
+        ("eval", "data", _existing),
+    ):
+        part = values.get(name)
+        if isinstance(part, dict) and isinstance(part.get(key), str):
+            part[key] = str(resolve(part[key], settings.origin((name, key)), f"{name}.{key}"))
+    output = values.setdefault("output", {})
+    if isinstance(output, dict):
+        output.setdefault("dir", OutputSection().dir)
+    if isinstance(output, dict) and isinstance(output.get("dir"), str):
+        folder = expand(output["dir"], settings.origin(("output", "dir")), "output.dir")
+        output["dir"] = str(Path(folder.replace("{stage}", str(values.get("stage")))).absolute())
+    return Settings(values, settings.origins)
+
+
+def _existing(text: str, origin: Origin, field: str) -> Path:
+    found = find(expand(text, origin, field), [origin.folder, origin.folder.parent, Path.cwd()])
+    if found is None:
+        raise UserError(
+            f"{origin.text}: {field}: no file or folder {text}; looked in {origin.folder} and the working directory"
+        )
+    return found
+
+
+def _mix(text: str, origin: Origin, field: str) -> Path:
+    """A mix by path, or by its name in data_mixes/."""
+    name = expand(text, origin, field)
+    roots = [origin.folder, origin.folder.parent, Path.cwd()]
+    found = find(name, roots) if name.endswith((".yaml", ".yml")) else find(f"data_mixes/{name}.yaml", roots)
+    if found is None:
+        raise UserError(f"{origin.text}: {field}: no mix {text}; give a .yaml file or the name of one in data_mixes/")
+    return found
+
+
+def _weights(text: str, origin: Origin, field: str) -> str:
+    if text in ("tiny", "scratch") or text.startswith("stage:"):
+        return text
+    return _folder_or_hub_id(text, origin, field, "tiny, scratch, stage:NAME")
+
+
+def _tokenizer(text: str, origin: Origin, field: str) -> str:
+    return text if text == "tiny" else _folder_or_hub_id(text, origin, field, "tiny")
+
+
+def _folder_or_hub_id(text: str, origin: Origin, field: str, words: str) -> str:
+    name = expand(text, origin, field)
+    found = find(name, [origin.folder, origin.folder.parent, Path.cwd()])
+    if found is not None and found.is_dir():
+        return str(found)
+    if not is_hub_id(name):
+        raise UserError(f"{origin.text}: {field}: no folder {name}, and it is no hub id (owner/name) or one of {words}")
+    return name
+
+
+def _contradictions(recipe: Recipe) -> Iterator[tuple[Location, str]]:
+    """What each section allows but the recipe as a whole does not."""
+    model, trainer, launch = recipe.model, recipe.trainer, recipe.launch
+    if model.source == "scratch" and not model.config:
+        yield ("model", "from"), "scratch needs model.config: HymbaConfig keys, or the path of a config.json"
+    if model.source == "scratch" and model.tokenizer is None:
+        yield ("model", "from"), "scratch needs model.tokenizer: a folder, a hub id or tiny"
+    if model.source != "scratch" and model.config is not None:
+        yield ("model", "config"), f"only for `from: scratch`, but from is {model.source}; set it to null"
+    if recipe.method == "dpo" and recipe.data.packing != "none":
+        yield ("data", "packing"), f"{recipe.data.packing}: preference pairs are not packed; set it to none"
+    if launch.config == "single" and launch.processes != 1:
+        yield ("launch", "processes"), f"{launch.processes}: launch.config single is one process"
+    rows = trainer.per_device_train_batch_size * launch.processes
+    if trainer.global_batch is not None and trainer.global_batch % rows:
+        yield (
+            ("trainer", "global_batch"),
+            f"{trainer.global_batch} is not a multiple of per_device_train_batch_size {trainer.per_device_train_batch_size}"
+            f" x launch.processes {launch.processes}",
+        )
+    for key, value in (trainer.model_extra or {}).items():
+        wrong = problem(recipe.method, key, value)
+        if wrong:
+            yield ("trainer", key), wrong
+
+
+_SECTIONS: dict[Location, type[BaseModel]] = {
+    (): Recipe,
+    ("model",): ModelSection,
+    ("data",): DataSection,
+    ("adapter",): AdapterSection,
+    ("launch",): LaunchSection,
+    ("eval",): EvalSection,
+    ("output",): OutputSection,
+}
+
+
+def _invalid(error: ValidationError) -> Iterator[tuple[Location, str]]:
+    """pydantic's findings in the recipe's own words."""
+    for found in error.errors(include_url=False, include_context=True):
+        location = tuple(found["loc"])
+        kind, value = found["type"], found["input"]
+        if kind == "extra_forbidden":
+            yield location, _unknown(location)
+        elif kind == "missing":
+            yield location, "missing; add it"
+        elif kind == "literal_error":
+            yield location, f"{value!r} is not {found['ctx']['expected']}"
+        else:
+            yield location, f"{value!r}: {found['msg'][0].lower()}{found['msg'][1:]}"
+
+
+def _unknown(location: Location) -> str:
+    key = str(location[-1])
+    known = _keys(_SECTIONS[location[:-1]])
+    if len(location) == 1 and key not in known:
+        homes = [at[0] for at, part in _SECTIONS.items() if at and key in _keys(part)]
+        homes += ["trainer"] if key in trainer_fields("sft") else []
+        if homes:
+            return f"unknown key; did you mean {homes[0]}.{key}?"
+    return unknown_key(key, known)
+
+
+def _keys(part: type[BaseModel]) -> list[str]:
+    return [field.alias or name for name, field in part.model_fields.items()]
+
+
+def _report(settings: Settings, problems: Iterator[tuple[Location, str]] | list[tuple[Location, str]]) -> UserError:
+    lines = [f"{settings.origin(at).text}: {'.'.join(map(str, at))}: {message}" for at, message in problems]
+    return UserError("\n".join(dict.fromkeys(lines)))
