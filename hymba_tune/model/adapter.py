@@ -1,0 +1,124 @@
+"""DoRA and LoRA adapters on Hymba: attach, audit, merge. The only place that imports peft.
+
+Fused Mamba kernels elsewhere read `out_proj.weight` and friends directly, so that adapters on them silently do nothing.
+Here every projection is called as a module, and the audit proves it: before training each target must have matched in
+every layer, and after the first backward each adapted module must have received a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from hymba_tune.errors import UserError
+from hymba_tune.model.config import HymbaConfig
+from hymba_tune.model.modeling import HymbaForCausalLM
+
+DEFAULT_TARGETS = ("in_proj", "out_proj", "x_proj.0", "dt_proj.0", "gate_proj", "up_proj", "down_proj")
+_SSM_TARGETS = ("x_proj.0", "dt_proj.0")
+
+
+def attach_adapter(
+    model: HymbaForCausalLM,
+    kind: str = "dora",
+    r: int = 16,
+    alpha: int = 32,
+    dropout: float = 0.0,
+    targets: Sequence[str] = DEFAULT_TARGETS,
+) -> PeftModel:
+    """The model with a fresh adapter on `targets` of every layer; only the adapter is trained.
+
+    Args:
+        kind: "dora" (weight-decomposed, arXiv 2402.09353) or "lora".
+
+    Raises:
+        UserError: a target matches nothing, or not in every layer, or can't be adapted.
+    """
+    _check_targets(model, targets)
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(targets),
+        use_dora=kind == "dora",
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(model, config)
+    _check_attached(adapted, model.config, targets)
+    return adapted
+
+
+def load_adapter(model: HymbaForCausalLM, path: str | Path, trainable: bool = False) -> PeftModel:
+    """The model with the adapter saved at `path` (safetensors).
+
+    Raises:
+        UserError: there is no adapter at `path`, or it belongs to another model.
+    """
+    try:
+        return PeftModel.from_pretrained(model, str(path), is_trainable=trainable, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"adapter {path}: {reason}; give a folder that an adapter run of this base wrote") from error
+
+
+def merge_adapter(model: PeftModel) -> HymbaForCausalLM:
+    """Plain weights with the adapter folded in; the adapter is gone from the returned model."""
+    merged = model.merge_and_unload(safe_merge=True)
+    assert isinstance(merged, HymbaForCausalLM)
+    return merged
+
+
+def audit_gradients(model: nn.Module) -> None:
+    """After the first backward: every adapted module has a gradient that is not zero.
+
+    LoRA's B starts at zero and gets a gradient at once, A only from the second step on, so one of them is enough.
+
+    Raises:
+        UserError: naming the modules that received nothing.
+    """
+    silent = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+        and not any(p.grad is not None and bool(p.grad.any()) for p in module.parameters() if p.requires_grad)
+    ]
+    if silent:
+        raise UserError(
+            f"adapter.targets: no gradient reached {_some(silent)}; the adapter there would never train: "
+            "remove the target, or check that the data has supervised tokens"
+        )
+
+
+def _check_targets(model: HymbaForCausalLM, targets: Sequence[str]) -> None:
+    if not targets:
+        raise UserError(f"adapter.targets: empty; name modules, for instance {', '.join(DEFAULT_TARGETS)}")
+    for target in targets:
+        found = [module for name, module in model.named_modules() if name.endswith("." + target)]
+        if not found:
+            raise UserError(f"adapter.targets: {target!r} matches no module; use some of {', '.join(DEFAULT_TARGETS)}")
+        if not all(isinstance(module, nn.Linear) for module in found):
+            kind = type(found[0]).__name__
+            raise UserError(
+                f"adapter.targets: {target!r} is a {kind}, which can't be adapted; use some of "
+                f"{', '.join(DEFAULT_TARGETS)}"
+            )
+        if target in ("lm_head", "embed_tokens"):
+            raise UserError(f"adapter.targets: {target!r} is tied to the embedding and can't be adapted; leave it out")
+
+
+def _check_attached(model: nn.Module, config: HymbaConfig, targets: Sequence[str]) -> None:
+    adapted = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    for target in targets:
+        layers = [i for i in range(config.num_hidden_layers) if target not in _SSM_TARGETS or config.has_ssm(i)]
+        missing = [i for i in layers if not any(f".layers.{i}." in n and n.endswith("." + target) for n in adapted)]
+        if missing:
+            raise UserError(f"adapter.targets: {target!r} has no adapter in layers {_some(missing)}; report this model")
+
+
+def _some(items: Sequence[object]) -> str:
+    shown = ", ".join(str(item) for item in items[:3])
+    return shown if len(items) <= 3 else f"{shown} and {len(items) - 3} more"

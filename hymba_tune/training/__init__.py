@@ -1,0 +1,1 @@
+"""One linear file a training method; what the methods share stands in trainer.py and callbacks.py."""

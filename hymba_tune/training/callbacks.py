@@ -1,0 +1,196 @@
+"""What a training run tells while it goes on: metrics.jsonl, the progress bar, and refusals that come too late otherwise.
+
+Everything here hangs on TRL's trainers as transformers callbacks and serves every method.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hymba_tune.errors import UserError
+from hymba_tune.model.adapter import audit_gradients
+
+
+class TokenMeter:
+    """Counts the tokens that go through a trainer; part of every checkpoint, so a resumed run counts on."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.supervised = 0
+        self.seconds = 0.0
+
+    def count(self, labels: torch.Tensor, attention_mask: torch.Tensor | None = None) -> None:
+        """labels (B, L), -100 where nothing is learned; attention_mask (B, L) where there is padding."""
+        self.tokens += int(labels.numel() if attention_mask is None else attention_mask.sum())
+        self.supervised += int((labels != -100).sum())
+
+
+class MetricsFile(TrainerCallback):
+    """Appends one line a logging step to metrics.jsonl.
+
+    A resumed run first cuts the file back to its checkpoint, so that there are no gaps and no doubles. Training must be
+    saved on logging steps for that (training.arguments sees to it).
+    """
+
+    def __init__(self, path: Path, meter: TokenMeter) -> None:
+        self.path = path
+        self.meter = meter
+        self._mark: tuple[float, int] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        lines = read_metrics(self.path, up_to_step=state.global_step)
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        if lines:
+            self.meter.tokens, self.meter.supervised = lines[-1]["tokens"], lines[-1]["supervised_tokens"]
+            self.meter.seconds = lines[-1]["seconds"]
+        self._mark = (time.monotonic(), self.meter.tokens)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+        return control
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not logs or "loss" not in logs or not state.is_world_process_zero:
+            return
+        assert self._mark is not None
+        now, (then, tokens) = time.monotonic(), self._mark
+        self.meter.seconds += now - then
+        self._mark = (now, self.meter.tokens)
+        line = {
+            "step": state.global_step,
+            "epoch": round(state.epoch or 0.0, 6),
+            **{key: logs[key] for key in logs if key not in ("epoch", "step", "num_tokens", "total_flos")},
+            "tokens": self.meter.tokens,
+            "supervised_tokens": self.meter.supervised,
+            "tokens_per_second": round((self.meter.tokens - tokens) / max(now - then, 1e-9), 1),
+            "seconds": round(self.meter.seconds, 3),
+        }
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def read_metrics(path: Path, up_to_step: int | None = None) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl, in order; a line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if up_to_step is None or line["step"] <= up_to_step:
+            lines.append(line)
+    return lines
+
+
+class ProgressBar(TrainerCallback):
+    """A rich bar: steps, loss, rate, time left."""
+
+    def __init__(self, title: str, meter: TokenMeter) -> None:
+        self.title = title
+        self.meter = meter
+        self.bar: Progress | None = None
+        self._began = (0.0, 0)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        self.bar.add_task(self.title, total=state.max_steps, completed=state.global_step, loss="", rate="")
+        self.bar.start()
+        self._began = (time.monotonic(), self.meter.tokens)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.bar is None:
+            return
+        began, tokens = self._began
+        rate = (self.meter.tokens - tokens) / max(time.monotonic() - began, 1e-9)
+        self.bar.update(self.bar.task_ids[0], completed=state.global_step, rate=f"{rate:,.0f} tokens/s")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.bar is not None and logs and "loss" in logs:
+            self.bar.update(self.bar.task_ids[0], loss=f"loss {logs['loss']:.4f}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the terminal as it was; also called when training ends by an error."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+class AdapterAudit(TrainerCallback):
+    """After the first backward of this process: every adapter received a gradient, or the run is refused."""
+
+    def __init__(self) -> None:
+        self.done = False
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if not self.done:
+            audit_gradients(model)
+            self.done = True
+
+
+class FiniteLoss(TrainerCallback):
+    """Stops a run whose loss is no number any more; the last good checkpoint stays."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs and not math.isfinite(logs.get("loss", 0.0)):
+            raise UserError(
+                f"training: the loss is {logs['loss']} at step {state.global_step}; the last good checkpoint is kept in "
+                f"{args.output_dir}: lower trainer.learning_rate or look at the data, then run again"
+            )

@@ -1,0 +1,54 @@
+"""Supervised fine-tuning with TRL's SFTTrainer, on rows that are packed and masked already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from hymba_tune.recipe import Recipe
+from hymba_tune.training.trainer import MeteredTrainer, common_arguments, run_training
+
+
+class HymbaSFTTrainer(MeteredTrainer, SFTTrainer):  # type: ignore[misc]  # TRL's classes are untyped
+    """TRL's trainer, metered."""
+
+
+def train_sft(
+    recipe: Recipe,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    validation: Dataset | None,
+    metrics: Path,
+    checkpoints: Path,
+) -> Any:
+    """Train `model` (full weights or with an adapter) on `rows` and return it.
+
+    Args:
+        rows: input_ids, labels (-100 where nothing is learned) and seq_lengths of each packed row; see data/packing.py.
+        metrics, checkpoints: where to write; a cut run goes on from the last whole checkpoint there.
+
+    Raises:
+        UserError: the settings contradict each other, an adapter gets no gradient, or the loss is no number.
+    """
+    arguments = SFTConfig(
+        **common_arguments(recipe, checkpoints),
+        # Rows are made: TRL only collates them, flat and without padding, with every document's boundaries.
+        dataset_kwargs={"skip_prepare_dataset": True},
+        packing=True,
+        packing_strategy="bfd",
+        max_length=recipe.data.max_length,
+    )
+    trainer = HymbaSFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+    )
+    run_training(trainer, recipe, metrics, checkpoints)
+    return trainer.model

@@ -1,0 +1,106 @@
+"""What every method adds to TRL's trainers: arguments, weight decay by name, token counts, checkpoints to resume from."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_callback import PrinterCallback
+
+from hymba_tune.errors import UserError
+from hymba_tune.recipe import Recipe
+from hymba_tune.training.callbacks import AdapterAudit, FiniteLoss, MetricsFile, ProgressBar, TokenMeter
+
+# Decay pulls towards zero: wrong for decay rates, skips, norms, biases and the learned meta tokens.
+_NOT_DECAYED = re.compile(r"(A_log|(^|\.)D\.\d|norm|bias|memory_tokens|lora_magnitude)")
+
+
+class MeteredTrainer(Trainer):
+    """A mixin in front of one of TRL's trainers: counts tokens, decays by name, writes no model card of its own."""
+
+    meter: TokenMeter
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.meter.count(inputs["labels"], inputs.get("attention_mask"))
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return [name for name, _ in model.named_parameters() if not _NOT_DECAYED.search(name)]
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's card says nothing about data or scores; export writes a real one."""
+
+
+def common_arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
+    """Keyword arguments for TRL's config classes: the recipe's over our defaults, and what a run decides itself.
+
+    Raises:
+        UserError: checkpoints would fall between two logged steps, so that a resumed run's metrics had gaps.
+    """
+    on_gpu = torch.cuda.is_available()
+    arguments: dict[str, Any] = {
+        "logging_steps": 10,
+        "save_strategy": "steps",
+        "save_steps": 100,
+        "save_total_limit": 2,
+        "report_to": "none",
+        "seed": recipe.data.seed,
+        **recipe.trainer_arguments,
+        "output_dir": str(checkpoints),
+        "disable_tqdm": True,
+        "use_cpu": not on_gpu,
+        "bf16": recipe.model.dtype == "bfloat16" or (recipe.model.dtype == "auto" and on_gpu),
+    }
+    saving, logging = arguments["save_steps"], arguments["logging_steps"]
+    if arguments["save_strategy"] == "steps" and saving % logging:
+        raise UserError(
+            f"trainer.save_steps: {saving} is not a multiple of trainer.logging_steps {logging}, so a resumed run's "
+            f"metrics would have gaps; set save_steps to {max(saving // logging, 1) * logging}"
+        )
+    return arguments
+
+
+def run_training(trainer: Any, recipe: Recipe, metrics: Path, checkpoints: Path) -> None:
+    """Train to the end, going on from the last whole checkpoint if there is one."""
+    trainer.meter = TokenMeter()
+    bar = ProgressBar(recipe.stage, trainer.meter)
+    trainer.remove_callback(PrinterCallback)
+    for callback in (MetricsFile(metrics, trainer.meter), FiniteLoss(), bar):
+        trainer.add_callback(callback)
+    if recipe.adapter is not None:
+        trainer.add_callback(AdapterAudit())
+    last = last_whole_checkpoint(checkpoints)
+    try:
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    finally:
+        bar.close()
+
+
+def last_whole_checkpoint(checkpoints: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; broken ones are removed.
+
+    The trainer's state is the last file that a checkpoint gets, so a checkpoint whose state can be read is whole.
+    """
+    found: dict[int, Path] = {}
+    for folder in checkpoints.glob("checkpoint-*"):
+        state = _state(folder)
+        if state is None:
+            shutil.rmtree(folder)
+        else:
+            found[int(state["global_step"])] = folder
+    return found[max(found)] if found else None
+
+
+def _state(checkpoint: Path) -> Mapping[str, Any] | None:
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return state if isinstance(state, dict) and "global_step" in state else None
