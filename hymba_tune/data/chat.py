@@ -50,9 +50,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path))
     except (OSError, ValueError) as error:
         reason = str(error).split("\n")[0]
-        raise UserError(f"tokenizer {str(path)!r} cannot be loaded ({reason}); name a folder with tokenizer.json") from None
+        raise UserError(f"tokenizer {str(path)!r}: {reason}; name a folder that holds a tokenizer.json") from None
     if tokenizer.eos_token is None:
-        raise UserError(f"tokenizer {str(path)!r} has no eos_token, which ends every turn; set it in tokenizer_config.json")
+        raise UserError(f"tokenizer {str(path)!r} has no eos_token to end turns with; set it in tokenizer_config.json")
     tokenizer.chat_template = CHAT_TEMPLATE.read_text(encoding="utf-8")
     return tokenizer
 
@@ -60,10 +60,10 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
 def encode_conversation(
     tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None
 ) -> Document:
-    """The whole conversation, as trained on. For every reply, `prompt_ids` of what precedes it is a prefix of the ids."""
+    """The whole conversation, as trained on. The `prompt_ids` before any reply are a prefix of its ids."""
     text, spans = _render(tokenizer, messages, tools, generation_prompt=False)
     if len(spans) != sum(message["role"] == "assistant" for message in messages):
-        raise UserError("the tokenizer's chat template has no {% generation %} markers; load it with load_tokenizer")
+        raise UserError("the tokenizer's chat template does not mark the replies; load it with load_tokenizer")
     return _encode_spans(tokenizer, text, spans)
 
 
@@ -82,16 +82,20 @@ def _render(
     generation_prompt: bool,
 ) -> tuple[str, list[Span]]:
     """The template's text and the character spans of its `{% generation %}` blocks (reply and end of turn)."""
-    texts, spans = render_jinja_template(
+    special: dict[str, Any] = tokenizer.special_tokens_map
+    rendered: Any = render_jinja_template(
         conversations=[list(messages)],
         tools=list(tools) if tools else None,
         chat_template=tokenizer.chat_template,
         return_assistant_tokens_mask=True,
         add_generation_prompt=generation_prompt,
         split_special_tokens=True,
-        **tokenizer.special_tokens_map,
+        **special,
     )
-    return texts[0], spans[0]
+    (text,), (spans,) = rendered
+    if not all(text.endswith(tokenizer.eos_token, *span) for span in spans):
+        raise UserError("the tokenizer's chat template ends replies without eos_token; load it with load_tokenizer")
+    return text, spans
 
 
 def _encode_spans(tokenizer: PreTrainedTokenizerFast, text: str, spans: list[Span]) -> Document:
