@@ -74,7 +74,7 @@ def _base(path: Path, base: Any, origin: Origin, seen: list[Path]) -> Path:
 
 
 def section(settings: Settings, name: str) -> tuple[Settings, Settings | None]:
-    """Take one top-level section out: the settings without it, and the section as settings of its own (None if absent)."""
+    """Take one top-level section out: the settings without it, and the section as settings (None if absent)."""
     rest = Settings({key: value for key, value in settings.values.items() if key != name}, settings.origins)
     if name not in settings.values:
         return rest, None
@@ -103,7 +103,9 @@ def assignment(text: str) -> Settings:
 
 def overlay(lower: Settings, upper: Settings) -> Settings:
     """`upper` on top of `lower`: sections are merged key by key, every other value is replaced."""
-    origins = {**lower.origins, **{at: origin for at, origin in upper.origins.items() if at == ()}}
+    origins = dict(lower.origins)
+    if () in upper.origins:
+        origins[()] = upper.origins[()]
     values = _merge(lower.values, upper.values, (), origins, upper.origins)
     return Settings(values, origins)
 

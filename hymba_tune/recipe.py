@@ -2,8 +2,8 @@
 
     recipe file -> the files it `extends` -> its `tiny` section (with --tiny) -> key=value -> Recipe
 
-Everything is checked here, before anything is downloaded or written: unknown keys, types, contradictions, missing files.
-Nothing of the training stack is imported.
+Everything is checked here, before anything is downloaded or written: unknown keys, types, contradictions, missing
+files. Nothing of the training stack is imported.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class _Section(BaseModel):
 class ModelSection(_Section):
     """Where the weights come from.
 
-    `from`: a folder, a hub id, `tiny` (the embedded model), `scratch` (random weights, needs `config` and `tokenizer`) or
-    `stage:NAME` (what that stage wrote). `config` holds HymbaConfig keys; a path to a config.json is read into it.
+    `from`: a folder, a hub id, `tiny` (the embedded model), `scratch` (random weights, needs `config` and `tokenizer`)
+    or `stage:NAME` (what that stage wrote). `config` holds HymbaConfig keys; a path to a config.json is read into it.
     """
 
     source: str = Field(alias="from")
@@ -47,8 +47,8 @@ class ModelSection(_Section):
 class DataSection(_Section):
     """What is learned from: a mix, made into rows of at most `max_length` tokens.
 
-    `limit` keeps that many conversations of the mix, `validation` holds that many out; a document that does not fit a row is
-    dropped or truncated, and counted.
+    `limit` keeps that many conversations of the mix, `validation` holds that many out; a document that does not fit a
+    row is dropped or truncated, and counted.
     """
 
     mix: str
@@ -265,8 +265,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[Location, str]]:
     if trainer.global_batch is not None and trainer.global_batch % rows:
         yield (
             ("trainer", "global_batch"),
-            f"{trainer.global_batch} is not a multiple of per_device_train_batch_size {trainer.per_device_train_batch_size}"
-            f" x launch.processes {launch.processes}",
+            f"{trainer.global_batch} is not a multiple of per_device_train_batch_size x launch.processes = {rows}",
         )
     for key, value in (trainer.model_extra or {}).items():
         wrong = problem(recipe.method, key, value)

@@ -1,7 +1,7 @@
 """Which keys a recipe's `trainer` section may hold: TRL's own, less those that hymba-tune sets itself.
 
-`trainer_keys.json` lists the fields of TRL's SFTConfig and DPOConfig; a test keeps it equal to the installed classes, and
-`python tests/trl_fields.py` makes it anew. So a wrong key is refused in milliseconds, without importing TRL.
+`trainer_keys.json` lists the fields of TRL's SFTConfig and DPOConfig; a test keeps it equal to the installed classes,
+and `python tests/trl_fields.py` makes it anew. So a wrong key is refused in milliseconds, without importing TRL.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ RESERVED: dict[str, str] = {
     "dataset_text_field": _ROWS,
     "ddp_backend": _LAUNCH,
     "deepspeed": _LAUNCH,
+    "disable_tqdm": "the progress bar is the project's own",
     "do_eval": "set eval_strategy, or eval.after for benchmarks",
     "do_predict": "set eval.after",
     "do_train": "training is what a stage does",

@@ -1,0 +1,139 @@
+"""A run directory: the one place that knows every name a run writes.
+
+    lock                        held while a run is alive; names its process and host
+    recipe.yaml                 the resolved recipe
+    environment.json            code, packages, machine and command of the last start
+    state.json                  what is finished, with fingerprints
+    data.json                   sources, counts and fingerprint of the data
+    rows/                       the tokenised, packed rows (Arrow)
+    metrics.jsonl               one line a logging step
+    checkpoints/checkpoint-N/   what an interrupted run goes on from
+    model/ or adapter/          the result: a checkpoint for from_pretrained, or a PEFT adapter
+    eval/before/TASK.json       scores, samples and settings of one task, before and after the stage
+    eval/after/TASK.json
+    results.json, report.md     the report
+
+Files are replaced whole: a reader or a crash sees the old file or the new one, never half of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from hymba_tune.errors import UserError
+from hymba_tune.provenance import provenance
+
+Moment = Literal["before", "after"]
+
+
+class RunDir:
+    """The names in a run directory, and safe writing under them. Making one touches no disk."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.lock = self.path / "lock"
+        self.recipe = self.path / "recipe.yaml"
+        self.environment = self.path / "environment.json"
+        self.state = self.path / "state.json"
+        self.data = self.path / "data.json"
+        self.rows = self.path / "rows"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.model = self.path / "model"
+        self.adapter = self.path / "adapter"
+        self.eval = self.path / "eval"
+        self.results = self.path / "results.json"
+        self.report = self.path / "report.md"
+
+    def evaluation(self, moment: Moment) -> Path:
+        """The folder with one file a task."""
+        return self.eval / moment
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[RunDir]:
+        """Hold the directory for this process; it is made if need be.
+
+        The lock dies with the process, however it ends. Raises UserError if another run holds it.
+        """
+        _make_folder(self.path)
+        with self.lock.open("a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"{self.path}: {_holder(file)}; wait for it, or set another output.dir") from None
+            file.truncate(0)
+            json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
+            file.flush()
+            try:
+                yield self
+            finally:
+                file.truncate(0)
+
+    def write_text(self, name: str | Path, text: str) -> Path:
+        """Replace `name` (relative to the run directory, or a path in it) as a whole."""
+        target = self.path / name
+        _make_folder(target.parent)
+        draft = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            with draft.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(target)
+        finally:
+            draft.unlink(missing_ok=True)
+        _sync_folder(target.parent)
+        return target
+
+    def write_json(self, name: str | Path, value: Any) -> Path:
+        """write_text with indented JSON; NaN and infinity, which JSON does not know, are refused."""
+        return self.write_text(name, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def read_json(self, name: str | Path) -> Any:
+        """What write_json wrote, None if it is not there. Raises UserError if it was broken from outside."""
+        target = self.path / name
+        try:
+            return json.loads(target.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise UserError(f"{target}: not valid JSON ({error}); delete it to have it made again") from None
+
+    def write_environment(self) -> Path:
+        """Record code, packages, machine and command of this start."""
+        return self.write_json(self.environment, provenance())
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output.dir: {path} cannot be made ({error.strerror}); set another output.dir") from None
+
+
+def _holder(file: IO[str]) -> str:
+    file.seek(0)
+    try:
+        holder = json.loads(file.read())
+        pid, host = int(holder["pid"]), str(holder["host"])
+    except (ValueError, KeyError, TypeError):
+        return "in use by another run"
+    if host == socket.gethostname() and not Path(f"/proc/{pid}").exists():
+        return f"process {pid} is gone, but one that it started still holds the directory (see `fuser {file.name}`)"
+    return f"in use by process {pid} on {host}"
+
+
+def _sync_folder(path: Path) -> None:
+    """Make a rename survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,275 @@
+"""Recipes: what is merged in which order, what is refused and how the message reads."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hymba_tune import trainer_keys
+from hymba_tune.errors import UserError
+from hymba_tune.paths import REPOSITORY
+from hymba_tune.recipe import DORA_TARGETS, Recipe, load_recipe
+from hymba_tune.yaml_reader import read_yaml
+
+MINIMAL = """
+stage: one
+method: sft
+model:
+  from: tiny
+data:
+  mix: mix.yaml
+trainer:
+  learning_rate: 5e-5
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path, monkeypatch):
+    """Write text as recipes/one.yaml beside an (empty) mix, and stand in its parent folder."""
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mix.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+
+    def write(text: str, name: str = "one.yaml") -> Path:
+        path = Path("recipes") / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def refusal(path: Path, *overrides: str, tiny: bool = False) -> str:
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, overrides, tiny=tiny)
+    return str(caught.value)
+
+
+def test_a_minimal_recipe_takes_the_defaults(recipe_file):
+    recipe = load_recipe(recipe_file(MINIMAL))
+    assert recipe.model.source == "tiny"
+    assert recipe.data.max_length == 8192
+    assert recipe.data.mix == str(Path.cwd() / "recipes" / "mix.yaml")
+    assert recipe.adapter is None
+    assert recipe.output.dir == str(Path.cwd() / "runs" / "one")
+    assert recipe.trainer_arguments == {
+        "learning_rate": 5e-5,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+    }
+
+
+def test_a_recipe_is_frozen(recipe_file):
+    recipe = load_recipe(recipe_file(MINIMAL))
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.stage = "two"
+
+
+def test_files_extend_files_and_the_command_line_comes_last(recipe_file):
+    recipe_file(MINIMAL + "  max_steps: 1\n  seed: 1\n  adam_beta1: 0.5\n", "base.yaml")
+    recipe_file("extends: base.yaml\ntrainer:\n  max_steps: 2\n  seed: 2\n", "middle.yaml")
+    path = recipe_file("extends: middle.yaml\ntrainer:\n  max_steps: 3\n")
+    trainer = load_recipe(path, ["trainer.adam_beta1=0.6"]).trainer_arguments
+    assert (trainer["max_steps"], trainer["seed"], trainer["adam_beta1"]) == (3, 2, 0.6)
+
+
+def test_tiny_lies_over_the_recipe_and_under_the_command_line(recipe_file):
+    recipe_file(MINIMAL + "tiny:\n  trainer: {max_steps: 5, seed: 5}\n  data: {limit: 5}\n", "base.yaml")
+    path = recipe_file("extends: base.yaml\ntrainer: {max_steps: 1}\ntiny:\n  trainer: {seed: 6}\n")
+    assert load_recipe(path).data.limit is None
+    recipe = load_recipe(path, ["data.limit=7"], tiny=True)
+    assert (recipe.trainer_arguments["max_steps"], recipe.trainer_arguments["seed"], recipe.data.limit) == (5, 6, 7)
+
+
+def test_tiny_needs_a_tiny_section(recipe_file):
+    assert "has no `tiny` section" in refusal(recipe_file(MINIMAL), tiny=True)
+
+
+def test_a_circle_of_extends_is_refused(recipe_file):
+    recipe_file("extends: one.yaml\n", "two.yaml")
+    message = refusal(recipe_file("extends: two.yaml\n"))
+    assert message == (
+        "recipes/two.yaml:1: extends: one.yaml closes a circle (one.yaml -> two.yaml -> one.yaml); remove one `extends`"
+    )
+
+
+def test_a_missing_base_is_refused(recipe_file):
+    assert "recipes/one.yaml:1: extends: no file recipes/gone.yaml" in refusal(recipe_file("extends: gone.yaml\n"))
+
+
+def test_a_missing_recipe_is_refused():
+    assert "nowhere.yaml" in refusal(Path("nowhere.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("  learning_rat: 1\n", "recipes/one.yaml:10: trainer.learning_rat: unknown key; did you mean learning_rate?"),
+        ("  max_length: 1\n", "recipes/one.yaml:10: trainer.max_length: set by hymba-tune itself: set data.max_length"),
+        ("  max_steps: soon\n", "recipes/one.yaml:10: trainer.max_steps: 'soon' must be int"),
+        ("  max_steps: true\n", "recipes/one.yaml:10: trainer.max_steps: True must be int"),
+        (
+            "  optim: adamw_toch\n",
+            "recipes/one.yaml:10: trainer.optim: 'adamw_toch' is not known; did you mean adamw_torch?",
+        ),
+        ("  eval_strategy: no\n", "recipes/one.yaml:10: trainer.eval_strategy: false is not one of no, steps, epoch; "),
+        ("  beta: 0.1\n", "recipes/one.yaml:10: trainer.beta: unknown key; "),
+        ("  global_batch: 0\n", "recipes/one.yaml:10: trainer.global_batch: 0: input should be greater than 0"),
+        ("datta:\n  limit: 1\n", "recipes/one.yaml:10: datta: unknown key; did you mean data?"),
+        ("learning_rate: 1\n", "recipes/one.yaml:10: learning_rate: unknown key; did you mean trainer.learning_rate?"),
+        ("adapter:\n  type: dor\n", "recipes/one.yaml:11: adapter.type: 'dor' is not 'dora' or 'lora'"),
+        ("adapter:\n  r: 8\n", "recipes/one.yaml:10: adapter.type: missing; add it"),
+        ("eval:\n  limit: '5'\n", "recipes/one.yaml:11: eval.limit: '5': input should be a valid integer"),
+        ("launch:\n  processes: 2\n", "recipes/one.yaml:11: launch.processes: 2: launch.config single is one process"),
+    ],
+)
+def test_a_mistake_in_the_file_is_named_with_line_field_value_and_remedy(recipe_file, text, message):
+    assert refusal(recipe_file(MINIMAL.lstrip("\n") + "  save_steps: 2\n" + text)).startswith(message)
+
+
+def test_every_mistake_is_reported_at_once(recipe_file):
+    path = recipe_file(MINIMAL)
+    message = refusal(path, "trainer.learning_rat=1", "trainer.output_dir=x")
+    assert message.splitlines() == [
+        "command line: trainer.learning_rat: unknown key; did you mean learning_rate?",
+        "command line: trainer.output_dir: set by hymba-tune itself: set output.dir",
+    ]
+
+
+@pytest.mark.parametrize("text", ["trainer.max_steps", "=3", "trainer..x=3", "--tiny"])
+def test_an_override_without_key_and_value_is_refused(recipe_file, text):
+    assert "is not of the form section.key=value" in refusal(recipe_file(MINIMAL), text)
+
+
+def test_override_values_are_read_as_yaml(recipe_file):
+    overrides = [
+        "trainer.learning_rate=1e-4",
+        "eval.suites=[gsm8k, tiny_math]",
+        "adapter={type: lora, r: 4}",
+        "data.limit=null",
+    ]
+    recipe = load_recipe(recipe_file(MINIMAL), overrides)
+    assert recipe.trainer_arguments["learning_rate"] == 1e-4
+    assert recipe.eval.suites == ["gsm8k", "tiny_math"]
+    assert recipe.adapter is not None
+    assert (recipe.adapter.type, recipe.adapter.r, tuple(recipe.adapter.targets)) == ("lora", 4, DORA_TARGETS)
+
+
+def test_an_override_cannot_smuggle_in_a_second_key(recipe_file):
+    assert "must be one value" in refusal(recipe_file(MINIMAL), "data.limit=1\nstage: two")
+
+
+def test_global_batch_gives_the_accumulation(recipe_file):
+    overrides = ["trainer.global_batch=1024", "trainer.per_device_train_batch_size=4"]
+    assert load_recipe(recipe_file(MINIMAL), overrides).gradient_accumulation_steps == 256
+    message = refusal(recipe_file(MINIMAL), "trainer.global_batch=7", "trainer.per_device_train_batch_size=4")
+    assert "trainer.global_batch: 7 is not a multiple of per_device_train_batch_size x launch.processes = 4" in message
+
+
+def test_preference_pairs_are_not_packed_and_take_dpo_keys(recipe_file):
+    assert "preference pairs are not packed" in refusal(recipe_file(MINIMAL), "method=dpo")
+    recipe = load_recipe(recipe_file(MINIMAL), ["method=dpo", "data.packing=none", "trainer.beta=0.1"])
+    assert recipe.trainer_arguments["beta"] == 0.1
+
+
+def test_scratch_needs_a_config_and_a_tokenizer_and_nothing_else_takes_a_config(recipe_file):
+    path = recipe_file(MINIMAL)
+    message = refusal(path, "model.from=scratch")
+    assert "scratch needs model.config" in message
+    assert "scratch needs model.tokenizer" in message
+    assert "model.config: only for `from: scratch`" in refusal(path, "model.config={hidden_size: 64}")
+
+
+def test_a_config_file_is_read_and_single_keys_lie_over_it(recipe_file):
+    Path("recipes/config.json").write_text(json.dumps({"hidden_size": 64, "vocab_size": 97}))
+    path = recipe_file(MINIMAL.replace("from: tiny", "from: scratch\n  config: config.json\n  tokenizer: tiny"))
+    assert load_recipe(path, ["model.config.hidden_size=128"]).model.config == {"hidden_size": 128, "vocab_size": 97}
+
+
+def test_weights_are_a_folder_a_hub_id_or_a_word(recipe_file):
+    path = recipe_file(MINIMAL)
+    Path("weights").mkdir()
+    assert load_recipe(path, ["model.from=weights"]).model.source == str(Path("weights").absolute())
+    assert load_recipe(path, ["model.from=nvidia/Hymba-1.5B-Base"]).model.source == "nvidia/Hymba-1.5B-Base"
+    assert load_recipe(path, ["model.from=stage:sft1"]).model.source == "stage:sft1"
+    assert "model.from: no folder ./gone" in refusal(path, "model.from=./gone")
+
+
+def test_an_unset_variable_is_named(recipe_file, monkeypatch):
+    monkeypatch.delenv("HYMBA_TUNE_DATA", raising=False)
+    message = refusal(recipe_file(MINIMAL + "eval:\n  data: ${HYMBA_TUNE_DATA}/data\n"))
+    assert message.startswith(
+        "recipes/one.yaml:11: eval.data: ${HYMBA_TUNE_DATA}/data: the variable HYMBA_TUNE_DATA is"
+    )
+
+
+def test_a_missing_mix_is_refused(recipe_file):
+    assert refusal(recipe_file(MINIMAL), "data.mix=gone") == (
+        "command line: data.mix: no mix gone; give a .yaml file or the name of one in data_mixes/"
+    )
+
+
+def test_a_mix_is_found_by_name_from_any_folder(recipe_file, tmp_path, monkeypatch):
+    (tmp_path / "data_mixes").mkdir()
+    (tmp_path / "data_mixes" / "mine.yaml").touch()
+    path = recipe_file(MINIMAL.replace("mix.yaml", "mine")).absolute()
+    monkeypatch.chdir("/")
+    assert load_recipe(path).data.mix == str(tmp_path / "data_mixes" / "mine.yaml")
+
+
+def test_the_resolved_recipe_loads_back_unchanged(recipe_file):
+    recipe = load_recipe(recipe_file(MINIMAL), ["adapter={type: dora}", "output.dir=out/{stage}"])
+    saved = recipe_file(recipe.to_yaml(), "saved.yaml")
+    assert load_recipe(saved) == recipe
+
+
+SHIPPED = sorted((REPOSITORY / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("tiny", [False, True], ids=["real", "tiny"])
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_recipe_loads(path, tiny, tmp_path, monkeypatch):
+    if not os.environ.get("HYMBA_TUNE_DATA"):  # only the names have to exist here
+        for folder in ("hymba-1.5b", "data"):
+            (tmp_path / folder).mkdir()
+        monkeypatch.setenv("HYMBA_TUNE_DATA", str(tmp_path))
+    recipe = load_recipe(path, tiny=tiny)
+    assert isinstance(recipe, Recipe)
+    assert recipe.output.dir.endswith("-tiny") == tiny
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_first_line_of_a_recipe_is_the_command_that_runs_it(path):
+    assert path.read_text(encoding="utf-8").startswith(f"# hymba-tune run recipes/{path.name}")
+
+
+def test_sft1_states_the_papers_settings():
+    trainer = load_recipe(REPOSITORY / "recipes" / "sft1.yaml").trainer_arguments
+    assert trainer["learning_rate"] == 5e-5
+    assert trainer["lr_scheduler_type"] == "cosine"
+    assert trainer["num_train_epochs"] == 1
+    assert trainer["gradient_accumulation_steps"] * trainer["per_device_train_batch_size"] == 1024
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_accelerate_config_loads(path):
+    read_yaml(path)
+    assert yaml.safe_load(path.read_text())["main_training_function"] == "main"
+
+
+def test_trainer_keys_equal_the_installed_classes():
+    import transformers
+    import trl
+    from trl_fields import listing
+
+    written = json.loads(Path(trainer_keys.__file__).with_suffix(".json").read_text(encoding="utf-8"))
+    installed = {"trl": trl.__version__, "transformers": transformers.__version__}
+    if written["versions"] != installed:
+        pytest.skip(f"trainer_keys.json was made with {written['versions']}, installed are {installed}")
+    assert written == listing(), "run: python tests/trl_fields.py"
+
+
+def test_reserved_trainer_keys_are_trl_fields():
+    fields = {**trainer_keys.fields("sft"), **trainer_keys.fields("dpo")}
+    assert set(trainer_keys.RESERVED) <= set(fields)
