@@ -1,8 +1,8 @@
 """Batched greedy generation: many prompts, one forward a token, the same answers as one prompt at a time.
 
-Prompts are sorted by length and left-padded into batches that a token budget bounds. A row leaves its batch when it ends
-(end of sequence, stop string or its token limit), so a slow row never holds the others' memory. Nothing runs for ever: a
-row ends at its own token limit, and a limit is always finite.
+Prompts are sorted by length and left-padded into batches that a token budget bounds. A row leaves its batch as it ends
+(end of sequence, stop string or its token limit), so a slow row never holds the others up. Nothing runs for ever: a row
+ends at its own token limit, and a limit is always finite.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -103,7 +103,7 @@ def end_of_sequence_ids(model: Any, tokenizer: Any) -> frozenset[int]:
 def batches_by_budget(
     prompts: Sequence[Sequence[int]], new_tokens: Sequence[int], batch_tokens: int
 ) -> list[list[int]]:
-    """Indices of `prompts`, longest first, in batches where rows * (longest prompt + most new tokens) <= `batch_tokens`."""
+    """Indices, longest prompt first, in batches where rows * (longest prompt + most new tokens) <= `batch_tokens`."""
     batches: list[list[int]] = []
     widest = most_new = 0
     for index in sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i)):

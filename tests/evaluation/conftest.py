@@ -5,6 +5,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hymba_tune.model import HymbaConfig, HymbaForCausalLM
+
 SPECIAL = ["<unk>", "<s>", "</s>"]
 LETTERS = "▁\nabcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?#$+-*/=()[]{}<>\"'_|`\\"
 CHAT_TEMPLATE = (
@@ -49,3 +51,27 @@ def tiny_llama(character_tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM
         pad_token_id=0,
     )
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_hymba(character_tokenizer: PreTrainedTokenizerFast) -> HymbaForCausalLM:
+    """All of Hymba's parts at a random start: meta tokens, a consumer of shared K/V, global and windowed layers."""
+    torch.manual_seed(0)
+    config = HymbaConfig(
+        vocab_size=len(character_tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        v_head_dim=16,
+        num_memory_tokens=4,
+        sliding_window=16,
+        global_attn_idx=[0, 3],
+        kv_reuse_group=[[1, 2]],
+        mamba_d_state=4,
+        max_position_embeddings=2048,
+        seq_length=2048,
+        initializer_range=0.4,
+    )
+    return HymbaForCausalLM(config).eval()

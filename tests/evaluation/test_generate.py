@@ -1,6 +1,7 @@
 """Batched generation gives each prompt the answer it gets alone, and always ends."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ def random_prompts(vocabulary: int, count: int, seed: int = 0) -> list[list[int]
 
 
 @torch.no_grad()
-def greedy_alone(model, prompt: list[int], limit: int) -> list[int]:
+def greedy_alone(model: Any, prompt: list[int], limit: int) -> list[int]:
     """One prompt, no cache, no batch: the definition of a greedy answer."""
     ids = list(prompt)
     while len(ids) - len(prompt) < limit:
@@ -26,12 +27,15 @@ def greedy_alone(model, prompt: list[int], limit: int) -> list[int]:
     return ids[len(prompt) :]
 
 
-def test_a_batch_answers_like_each_prompt_alone(tiny_llama, character_tokenizer):
-    prompts = random_prompts(len(character_tokenizer), 24)
-    limits = [random.Random(i).randint(1, 30) for i in range(24)]
-    together = generate(tiny_llama, character_tokenizer, prompts, max_new_tokens=limits, batch_tokens=600)
+@pytest.mark.parametrize("model_name", ["tiny_llama", "tiny_hymba"])
+def test_a_batch_answers_like_each_prompt_alone(model_name, character_tokenizer, request):
+    model = request.getfixturevalue(model_name)
+    prompts = random_prompts(len(character_tokenizer), 16)
+    limits = [random.Random(i).randint(1, 24) for i in range(16)]
+    together = generate(model, character_tokenizer, prompts, max_new_tokens=limits, batch_tokens=500)
+    assert len({len(answer.token_ids) for answer in together}) > 5
     for prompt, limit, answer in zip(prompts, limits, together, strict=True):
-        assert answer.token_ids == greedy_alone(tiny_llama, prompt, limit)
+        assert answer.token_ids == greedy_alone(model, prompt, limit)
         assert (answer.finish_reason == "length") == (len(answer.token_ids) == limit)
 
 

@@ -1,0 +1,94 @@
+"""Answers already computed, kept by what decides them: the model's weights, the prompt and the settings.
+
+One JSON line an answer, written as soon as it is known, so that a suite that was cut off goes on where it stopped. A
+line that a crash left half-written is dropped when the file is opened.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+
+class AnswerCache:
+    """A mapping from `answer_key` to JSON values that lives in a file; in memory only if `path` is None."""
+
+    def __init__(self, path: Path | None):
+        self._answers: dict[str, Any] = {}
+        self._file: TextIO | None = None
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+", encoding="utf-8", errors="backslashreplace")
+            self._load(self._file)
+
+    def get(self, key: str) -> Any | None:
+        return self._answers.get(key)
+
+    def put(self, key: str, answer: Any) -> None:
+        self._answers[key] = answer
+        if self._file is not None:
+            self._file.write(json.dumps({"key": key, "answer": answer}, ensure_ascii=False) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _load(self, file: TextIO) -> None:
+        """Reads the whole lines and cuts the file after the last of them."""
+        file.seek(0)
+        end = 0
+        while line := file.readline():
+            if not line.endswith("\n"):
+                break
+            try:
+                entry = json.loads(line)
+                self._answers[entry["key"]] = entry["answer"]
+            except (ValueError, KeyError, TypeError):
+                break
+            end = file.tell()
+        file.seek(end)
+        file.truncate()
+
+
+def answer_key(kind: str, model: str, tokenizer: str, tokens: Sequence[int], settings: dict[str, Any]) -> str:
+    """Key of one answer; `model` and `tokenizer` are fingerprints, `kind` the kind of request."""
+    return _digest([kind, model, tokenizer, list(tokens), settings])
+
+
+def model_fingerprint(model: Any) -> str:
+    """sha256 over names, types, shapes and bytes of all weights, and over the configuration that computes with them."""
+    digest = hashlib.sha256()
+    config = model.config.to_dict()
+    for key in ("_name_or_path", "transformers_version", "architectures"):
+        config.pop(key, None)
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """sha256 over the vocabulary and rules that turn text into tokens and back, and over the chat template."""
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    rules = core.to_str() if core is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return _digest([rules, tokenizer.chat_template])
+
+
+def prompt_fingerprint(prompt: Sequence[int]) -> str:
+    """sha256 of a prompt's token ids."""
+    return _digest(list(prompt))
+
+
+def text_fingerprint(text: str) -> str:
+    """sha256 of a text in UTF-8."""
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
+
+
+def _digest(value: Any) -> str:
+    return text_fingerprint(json.dumps(value, sort_keys=True, ensure_ascii=False))

@@ -1,0 +1,135 @@
+"""Runs a task of lm-eval over our engine: its prompts, shots, filters and verdicts, our rows, batching and results."""
+
+import importlib.util
+import logging
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hymba_tune.errors import UserError
+from hymba_tune.evaluation.cache import prompt_fingerprint
+from hymba_tune.evaluation.engine import Engine
+
+TASKS = Path(__file__).with_name("tasks")
+FEWSHOT_SEED = 1234
+"""lm-eval's default: one generator draws the shots of all documents in order."""
+GLOBAL_SEED = 0
+"""lm-eval's default for the global `random`, which some tasks shuffle choices with."""
+
+
+@dataclass
+class Sample:
+    """One document as lm-eval asked and judged it.
+
+    filtered and scores: by filter name; responses: raw, one a request (text, or (log-likelihood, is greedy)).
+    """
+
+    doc_id: int
+    doc: dict[str, Any]
+    prompt_sha256: str
+    question: str
+    target: Any
+    responses: list[Any]
+    dropped_prompt_tokens: int = 0
+    filtered: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def read_task(name: str) -> dict[str, Any]:
+    """The lm-eval configuration tasks/NAME.yaml, what it includes filled in."""
+    config: dict[str, Any] = yaml.safe_load((TASKS / f"{name}.yaml").read_text(encoding="utf-8"))
+    base = config.pop("include", None)
+    return read_task(base.removesuffix(".yaml")) | config if base else config
+
+
+def run_task(
+    engine: Engine, config: dict[str, Any], splits: Mapping[str, Sequence[dict[str, Any]]], limit: int | None
+) -> list[Sample]:
+    """The samples of the first `limit` documents (all: None), in order.
+
+    Args:
+        config: an lm-eval task configuration; its data set is replaced by `splits`.
+        splits: rows by split name.
+
+    Raises LmEvalNotInstalled.
+    """
+    require_lm_eval()
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.evaluator import evaluate
+
+    from hymba_tune.evaluation.lm import HymbaLM
+
+    random.seed(GLOBAL_SEED)
+    with _quiet():
+        task = ConfigurableTask(config=config | {"custom_dataset": lambda **_: _as_datasets(splits)})
+        task.set_fewshot_seed(FEWSHOT_SEED)
+        model = HymbaLM(engine)
+        name = config["task"]
+        results = evaluate(
+            model,
+            {"tasks": {name: task}},
+            limit=limit,
+            bootstrap_iters=0,
+            apply_chat_template=engine.has_chat_template,
+            fewshot_as_multiturn=engine.has_chat_template,
+        )
+        return list(_samples(results["samples"][name], task, model))
+
+
+class LmEvalNotInstalled(UserError):
+    """The package is an extra; tasks that need it are reported as not run."""
+
+
+def require_lm_eval() -> None:
+    """Raises LmEvalNotInstalled."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise LmEvalNotInstalled('lm-eval is not installed; this task needs it: pip install "hymba-tune[eval]"')
+
+
+def _as_datasets(splits: Mapping[str, Sequence[dict[str, Any]]]) -> Any:
+    import datasets
+
+    return datasets.DatasetDict({name: datasets.Dataset.from_list(list(rows)) for name, rows in splits.items()})
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval's own progress bars and notes would write over the caller's."""
+    from lm_eval.api import task as task_module
+
+    logger, bar = logging.getLogger("lm_eval"), task_module.tqdm
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    task_module.tqdm = lambda iterable, **_: iterable
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        task_module.tqdm = bar
+
+
+def _samples(logged: Sequence[dict[str, Any]], task: Any, model: Any) -> Iterator[Sample]:
+    """lm-eval logs a document once a filter; here it comes once."""
+    samples: dict[int, Sample] = {}
+    for entry in logged:
+        context = entry["arguments"][0][0]
+        sample = samples.setdefault(
+            entry["doc_id"],
+            Sample(
+                doc_id=entry["doc_id"],
+                doc=entry["doc"],
+                prompt_sha256=prompt_fingerprint(model.tok_encode(context)),
+                question=str(task.doc_to_text(entry["doc"])).strip(),
+                target=entry["target"],
+                responses=[response for responses in entry["resps"] for response in responses],
+                dropped_prompt_tokens=model.dropped_prompt_tokens.get(context, 0),
+            ),
+        )
+        sample.filtered[entry["filter"]] = entry["filtered_resps"]
+        sample.scores[entry["filter"]] = {metric: entry[metric] for metric in entry["metrics"]}
+    yield from (samples[doc_id] for doc_id in sorted(samples))
