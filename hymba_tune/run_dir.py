@@ -6,6 +6,7 @@
     state.json                  what is finished, with fingerprints
     data.json                   sources, counts and fingerprint of the data
     rows/                       the tokenised, packed rows (Arrow)
+    initial/                    the random weights that a `from: scratch` run starts from
     metrics.jsonl               one line a logging step
     checkpoints/checkpoint-N/   what an interrupted run goes on from
     model/ or adapter/          the result: a checkpoint for from_pretrained, or a PEFT adapter
@@ -44,6 +45,7 @@ class RunDir:
         self.state = self.path / "state.json"
         self.data = self.path / "data.json"
         self.rows = self.path / "rows"
+        self.initial = self.path / "initial"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"

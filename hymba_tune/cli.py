@@ -1,0 +1,107 @@
+"""The command line: parses, delegates. Heavy imports stand inside the commands: --help and refusals are instant.
+
+Exit codes: 0 done, 1 a bug of ours, 2 something the user can fix, 130 stopped with Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from hymba_tune import __version__
+from hymba_tune.errors import UserError
+
+app = typer.Typer(
+    name="hymba-tune",
+    help="Post-train NVIDIA's Hymba: one recipe from data to weights to scores.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, as in recipes/sft1.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings over the recipe's: trainer.max_steps=10")
+]
+Tiny = Annotated[bool, typer.Option("--tiny", help="Lay the recipe's `tiny` section on top: embedded model and data.")]
+
+
+def main() -> None:
+    """Entry point of the `hymba-tune` command."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(arguments)
+    except UserError as error:
+        if debug:
+            raise
+        print(f"hymba-tune: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        if debug:
+            raise
+        print(f"hymba-tune: unexpected {type(error).__name__}: {error}", file=sys.stderr)
+        print("This is a bug; the same command with --debug shows where.", file=sys.stderr)
+        sys.exit(1)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"hymba-tune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from.")] = False,
+) -> None:
+    """Options before the command; --debug is also taken after it (see main)."""
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    tiny: Tiny = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Start over where the run directory holds a run of another recipe.")
+    ] = False,
+) -> None:
+    """Run a recipe: data, training, evaluation, report. The same command again goes on where it was cut."""
+    from hymba_tune.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or (), tiny)
+    try:
+        from hymba_tune.pipeline import run_recipe
+
+        run_recipe(loaded, force)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command resumes", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def plan(recipe: RecipeFile, overrides: Overrides = None, tiny: Tiny = False) -> None:
+    """Say what a run would do: settings, parameters, tokens, steps and memory. Loads no weights."""
+    from hymba_tune.plan import make_plan, show
+    from hymba_tune.recipe import load_recipe
+
+    show(make_plan(load_recipe(recipe, overrides or (), tiny)))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has: packages, devices, and which backend each operation takes and why."""
+    from hymba_tune.doctor import examine
+
+    examine()
+
+
+if __name__ == "__main__":
+    main()
