@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-# Products of 512 standard normals, summed in float32, differ from float64 by about 1e-6 of their size; bfloat16 by 3e-3.
+# Products of 512 standard normals, summed in float32, are off by about 1e-6 of their size; in bfloat16 by 3e-3.
 _FLOAT32_ERROR = 2e-5
 
 

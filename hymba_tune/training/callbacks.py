@@ -1,4 +1,4 @@
-"""What a training run tells while it goes on: metrics.jsonl, the progress bar, and refusals that come too late otherwise.
+"""What a training run tells while it goes on: metrics.jsonl, the progress bar, and what must stop it.
 
 Everything here hangs on TRL's trainers as transformers callbacks and serves every method.
 """
@@ -132,9 +132,7 @@ class ProgressBar(TrainerCallback):
         self.bar.start()
         self._began = (time.monotonic(), self.meter.tokens)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.bar is None:
             return
         began, tokens = self._began
@@ -191,6 +189,6 @@ class FiniteLoss(TrainerCallback):
     ) -> None:
         if logs and not math.isfinite(logs.get("loss", 0.0)):
             raise UserError(
-                f"training: the loss is {logs['loss']} at step {state.global_step}; the last good checkpoint is kept in "
+                f"training: the loss is {logs['loss']} at step {state.global_step}; the last good checkpoint is in "
                 f"{args.output_dir}: lower trainer.learning_rate or look at the data, then run again"
             )

@@ -1,4 +1,4 @@
-"""What every method adds to TRL's trainers: arguments, weight decay by name, token counts, checkpoints to resume from."""
+"""What every method adds to TRL: arguments, weight decay by name, token counts, checkpoints to resume from."""
 
 from __future__ import annotations
 

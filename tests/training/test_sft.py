@@ -1,0 +1,180 @@
+"""Training with TRL: what is learned, what is written, and that a cut run ends as if it had not been cut."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from hymba_tune.errors import UserError
+from hymba_tune.model import HymbaForCausalLM
+from hymba_tune.model.adapter import attach_adapter, load_adapter, merge_adapter
+from hymba_tune.training import sft
+from hymba_tune.training.sft import HymbaSFTTrainer, train_sft
+from hymba_tune.training.trainer import last_whole_checkpoint
+from tests.training.conftest import make_recipe
+
+# float32 sums over a step in another order.
+LOSS_TOLERANCE = 2e-6
+
+
+def train(model: Any, tokenizer: Any, rows: Dataset, folder: Path, **trainer: object) -> Any:
+    adapter = trainer.pop("adapter", None)
+    recipe = make_recipe(adapter, **trainer)  # type: ignore[arg-type]
+    return train_sft(recipe, model, tokenizer, rows, None, folder / "metrics.jsonl", folder / "checkpoints")
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_loss_falls_and_every_logging_step_is_a_line(
+    model: HymbaForCausalLM, tokenizer: Any, rows: Dataset, tmp_path: Path
+) -> None:
+    train(model, tokenizer, rows, tmp_path)
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    assert lines[-1]["tokens"] == sum(len(row["input_ids"]) for row in rows)
+    assert lines[-1]["supervised_tokens"] == sum(label != -100 for row in rows for label in row["labels"])
+    assert {"learning_rate", "grad_norm", "tokens_per_second", "seconds", "epoch"} <= set(lines[0])
+
+
+def test_the_loss_of_packed_rows_is_that_of_their_documents_alone(
+    model: HymbaForCausalLM, tokenizer: Any, rows: Dataset, tmp_path: Path
+) -> None:
+    reference = copy.deepcopy(model)
+    total, count = 0.0, 0
+    for row in rows.select(range(2)):
+        start = 0
+        for length in row["seq_lengths"]:
+            ids = torch.tensor([row["input_ids"][start : start + length]])
+            labels = torch.tensor(row["labels"][start : start + length])
+            with torch.no_grad():
+                logits = reference(ids).logits[0, :-1]
+            total += float(F.cross_entropy(logits, labels[1:], reduction="sum", ignore_index=-100))
+            count += int((labels[1:] != -100).sum())
+            start += length
+    train(model, tokenizer, rows.select(range(2)), tmp_path, logging_steps=1, save_steps=1)
+    assert abs(metrics(tmp_path)[0]["loss"] - total / count) < LOSS_TOLERANCE * 10
+
+
+class _Cut(TrainerCallback):
+    """Ends the process' training in the middle of a step, as a kill would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("adapter", [None, {"type": "dora", "r": 2, "alpha": 4, "dropout": 0.1}])
+def test_a_cut_run_ends_with_the_same_weights_and_metrics(
+    adapter: dict[str, object] | None,
+    model: HymbaForCausalLM,
+    tokenizer: Any,
+    rows: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def start() -> Any:
+        torch.manual_seed(1)
+        fresh = copy.deepcopy(model)
+        return fresh if adapter is None else attach_adapter(fresh, r=2, alpha=4, dropout=0.1)
+
+    whole = train(start(), tokenizer, rows, tmp_path / "whole", adapter=adapter)
+    for cut in (3, 7, 10):
+        monkeypatch.setattr(sft, "HymbaSFTTrainer", _with(_Cut(cut)))
+        with pytest.raises(KeyboardInterrupt):
+            train(start(), tokenizer, rows, tmp_path / "cut", adapter=adapter)
+    monkeypatch.undo()
+    resumed = train(start(), tokenizer, rows, tmp_path / "cut", adapter=adapter)
+    for (name, expected), (_, got) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
+        assert torch.equal(expected, got), name
+    timeless = [
+        [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in metrics(folder)]
+        for folder in (tmp_path / "whole", tmp_path / "cut")
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def _with(callback: TrainerCallback) -> Any:
+    class WithCallback(HymbaSFTTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, callbacks=[callback], **kwargs)
+
+    return WithCallback
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end_is_not_used(tmp_path: Path) -> None:
+    for step, state in ((4, '{"global_step": 4}'), (8, '{"global_'), (12, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4"]
+
+
+def test_checkpoints_between_logged_steps_are_refused(
+    model: HymbaForCausalLM, tokenizer: Any, rows: Dataset, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"trainer.save_steps: 5 .* set save_steps to 4"):
+        train(model, tokenizer, rows, tmp_path, save_steps=5)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(
+    model: HymbaForCausalLM, tokenizer: Any, rows: Dataset, tmp_path: Path
+) -> None:
+    with torch.no_grad():
+        model.model.final_layernorm.weight.fill_(torch.nan)
+    with pytest.raises(UserError, match=r"loss is nan at step 2"):
+        train(model, tokenizer, rows, tmp_path, logging_nan_inf_filter=False)
+
+
+def test_only_the_adapter_learns_and_it_survives_saving(
+    model: HymbaForCausalLM, tokenizer: Any, rows: Dataset, tmp_path: Path
+) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    base = copy.deepcopy(model)
+    trained = train(attach_adapter(model, r=2, alpha=4), tokenizer, rows, tmp_path, adapter={"type": "dora"})
+    held = trained.get_base_model().state_dict()
+    for name, value in before.items():
+        module, _, parameter = name.rpartition(".")
+        key = name if name in held else f"{module}.base_layer.{parameter}"
+        assert torch.equal(held[key], value), name
+    trained.save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    trained.eval()
+    with torch.no_grad():
+        expected = trained.get_base_model()(input_ids=ids, use_cache=False).logits
+        again = load_adapter(base, tmp_path / "adapter").eval()
+        merged = merge_adapter(again).eval()
+        torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=0)
+    assert metrics(tmp_path)[-1]["loss"] < metrics(tmp_path)[0]["loss"]
+
+
+def test_decay_spares_rates_skips_norms_biases_and_meta_tokens(
+    model: HymbaForCausalLM, tokenizer: Any, rows: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, float] = {}
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            names = {id(p): n for n, p in kwargs["model"].named_parameters()}
+            for group in kwargs["optimizer"].param_groups:
+                seen.update({names[id(p)]: group["weight_decay"] for p in group["params"]})
+
+    monkeypatch.setattr(sft, "HymbaSFTTrainer", _with(Look()))
+    train(model, tokenizer, rows, tmp_path, weight_decay=0.1, max_steps=2)
+    spared = {name for name, decay in seen.items() if decay == 0}
+    expected = ("A_log.0", "D.0", "norm.weight", "norm1.weight", "norm2.weight", "bias", "memory_tokens")
+    assert spared == {name for name in seen if name.endswith(expected)}
+    assert len(seen) == len(list(model.parameters()))
