@@ -87,7 +87,11 @@ class HymbaCache(Cache):
         for layer, (k, v) in produced.items():
             cache = self.layers[layer]
             if stream.num_meta or cache.meta_k is None:
-                cache.meta_k, cache.meta_v = k[: stream.num_meta].detach(), v[: stream.num_meta].detach()
+                # Copies: a view would keep the whole prompt's projections alive.
+                cache.meta_k, cache.meta_v = (
+                    k[: stream.num_meta].detach().clone(),
+                    v[: stream.num_meta].detach().clone(),
+                )
             self._write(cache, layer, k[stream.num_meta :].detach(), v[stream.num_meta :].detach(), turn)
         self.lengths = turn.lengths
         self.slots += stream.shape[1]
@@ -100,9 +104,7 @@ class HymbaCache(Cache):
         return _Turn(rows, past[rows] + index, past + new)
 
     def _write(self, cache: LayerCache, layer: int, k: Tensor, v: Tensor, turn: _Turn) -> None:
-        window = self.config.window(layer)
-        if window == 0:
-            return
+        window = self.config.cache_window(layer)
         have = 0 if cache.k is None else cache.k.shape[2]
         capacity = self._capacity(have, int(turn.lengths.max()), window)
         cache.k = _grown(cache.k, len(turn.lengths), capacity, k)
@@ -132,11 +134,11 @@ class HymbaCache(Cache):
         heads, meta = config.num_key_value_heads, config.num_memory_tokens
         for layer, cache in enumerate(self.layers):
             if config.is_kv_producer(layer):
-                positions = self._capacity(0, self.max_length, config.window(layer))
+                positions = self._capacity(0, self.max_length, config.cache_window(layer))
                 for k_or_v, size in (("k", config.head_dim()), ("v", config.value_head_dim())):
-                    new = torch.empty(rows, heads, positions, size, dtype=dtype, device=device)
+                    new = torch.zeros(rows, heads, positions, size, dtype=dtype, device=device)
                     setattr(cache, k_or_v, new)
-                    setattr(cache, f"meta_{k_or_v}", torch.empty(meta, heads, size, dtype=dtype, device=device))
+                    setattr(cache, f"meta_{k_or_v}", torch.zeros(meta, heads, size, dtype=dtype, device=device))
             if config.has_ssm(layer):
                 channels = config.inner_size()
                 cache.conv = torch.zeros(rows, channels, config.mamba_d_conv, dtype=dtype, device=device)
@@ -169,10 +171,10 @@ class HymbaCache(Cache):
         assert k is not None
         slot = torch.arange(min(k.shape[2], self.slots), device=k.device)
         newest = self.lengths[:, None] - 1
-        window = self.config.window(layer)
+        window = self.config.cache_window(layer)
         if window is None:
             return torch.where(slot <= newest, slot, -1)
-        return torch.clamp(newest - (newest - slot) % window, min=-1) if window else slot.expand(len(self.lengths), 0)
+        return torch.clamp(newest - (newest - slot) % window, min=-1)
 
     def states(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """The layer's conv inputs (B, Dn, K) and scan state (B, Dn, N), or None before the first call."""

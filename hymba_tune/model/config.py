@@ -132,6 +132,8 @@ class HymbaConfig(PreTrainedConfig):
                 f"HymbaConfig.v_head_dim={self.v_head_dim}: heads * v_head_dim must equal mamba_expand * hidden_size = "
                 f"{self.inner_size()} in hybrid layers, whose branches are averaged"
             )
+        if self.sliding_window < 1:
+            raise ValueError(f"HymbaConfig.sliding_window={self.sliding_window} must be 1 or more")
         self._validate_layers()
 
     def _validate_layers(self) -> None:
@@ -171,6 +173,11 @@ class HymbaConfig(PreTrainedConfig):
     def window(self, layer: int) -> int | None:
         """W of a windowed layer, None for a global one."""
         return None if self.is_global(layer) else self.sliding_window
+
+    def cache_window(self, producer: int) -> int | None:
+        """How many past tokens' K/V a producer must keep: W, or None for all if it or a consumer of its is global."""
+        group = [i for i in range(self.num_hidden_layers) if self.kv_producer(i) == producer]
+        return None if any(self.is_global(layer) for layer in group) else self.sliding_window
 
     def kv_producer(self, layer: int) -> int:
         """The layer whose K/V this one attends with: itself unless it is a consumer."""

@@ -27,7 +27,7 @@ from hymba_tune.model import ops
 from hymba_tune.model.cache import HymbaCache
 from hymba_tune.model.config import HymbaConfig
 from hymba_tune.model.loss import chunked_cross_entropy
-from hymba_tune.model.stream import Stream, packed_to_stream, rows_to_stream
+from hymba_tune.model.stream import Stream, packed_to_stream, restarts, rows_to_stream
 
 
 class RMSNorm(nn.Module):
@@ -284,6 +284,7 @@ class HymbaModel(HymbaPreTrainedModel):
         output_hidden_states: bool | None = None,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """The backbone.
@@ -294,13 +295,15 @@ class HymbaModel(HymbaPreTrainedModel):
             position_ids: (B, L) without meta tokens; marks documents where there is neither mask nor cache.
             past_key_values: a HymbaCache, empty or to be continued.
             use_cache: fill a cache (made here if none is passed).
-            seq_idx: (B, L), cu_seq_lens_q: (documents + 1,): packed documents. Other packing fields are implied.
+            seq_idx: (B, L), cu_seq_lens_q, cu_seq_lens_k: (documents + 1,): packed documents. max_length_q and _k are
+                implied by them.
 
         Returns:
             last_hidden_state (B, L, C), zeros at padding; past_key_values; hidden_states if asked for.
 
         Raises:
-            ValueError: inputs contradict each other, or packed rows are to be cached.
+            ValueError: inputs contradict each other, or a cache is to be filled by packed rows or under gradient
+                checkpointing.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
@@ -309,7 +312,13 @@ class HymbaModel(HymbaPreTrainedModel):
         cache = past_key_values
         if cache is None and wants_cache and not self.training:
             cache = HymbaCache(self.config)
-        stream = self._stream(embeds, attention_mask, position_ids, seq_idx, cu_seq_lens_q, cache)
+        shape, packing = (embeds.shape[0], embeds.shape[1]), (seq_idx, cu_seq_lens_q, cu_seq_lens_k)
+        if cache is None:
+            stream = packed_to_stream(
+                shape, self.config.num_memory_tokens, attention_mask, position_ids, *packing, device=embeds.device
+            )
+        else:
+            stream = self._cached_stream(shape, attention_mask, position_ids, packing, cache, embeds.device)
         hidden = stream.flatten(embeds)
         if stream.num_meta:
             hidden = torch.cat([self.memory_tokens.to(hidden.dtype), hidden])
@@ -321,24 +330,25 @@ class HymbaModel(HymbaPreTrainedModel):
             hidden_states = (*inner, last)
         return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=cache, hidden_states=hidden_states)
 
-    def _stream(
+    def _cached_stream(
         self,
-        embeds: Tensor,
+        shape: tuple[int, int],
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        seq_idx: Tensor | None,
-        cu_seq_lens_q: Tensor | None,
-        cache: HymbaCache | None,
+        packing: tuple[Tensor | None, ...],
+        cache: HymbaCache,
+        device: torch.device,
     ) -> Stream:
-        shape, meta = (embeds.shape[0], embeds.shape[1]), self.config.num_memory_tokens
-        if cache is None:
-            return packed_to_stream(
-                shape, meta, attention_mask, position_ids, seq_idx, cu_seq_lens_q, device=embeds.device
-            )
-        if seq_idx is not None or cu_seq_lens_q is not None:
-            raise ValueError("packed rows (seq_idx, cu_seq_lens_q) can't fill a cache: pass use_cache=False")
+        packed = any(field is not None for field in packing)
+        if position_ids is not None and attention_mask is None:
+            packed |= bool(restarts(position_ids, shape)[:, 1:].any())
+        if packed:
+            raise ValueError("rows of packed documents can't fill a cache: pass use_cache=False")
+        if self.gradient_checkpointing and self.training:
+            raise ValueError("gradient checkpointing would fill the cache twice: pass use_cache=False")
+        meta = self.config.num_memory_tokens
         return rows_to_stream(
-            shape, meta, attention_mask, position_ids, cache.lengths, cache.get_seq_length(), device=embeds.device
+            shape, meta, attention_mask, position_ids, cache.lengths, cache.get_seq_length(), device=device
         )
 
     def _run_layers(self, hidden: Tensor, stream: Stream, cache: HymbaCache | None, record: bool) -> list[Tensor]:
@@ -398,12 +408,13 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         """As HymbaModel.forward, then logits.
 
         Args:
-            labels: (B, L), -100 where nothing is scored; the token at slot t + 1 is scored by the logits at slot t.
+            labels: (B, L), -100 where nothing is scored; the token at slot t + 1 is scored by the logits at slot t,
+                so a packed row's collator puts -100 at the first token of each document.
             logits_to_keep: the last n slots, or a tensor of slots; 0 keeps all.
 
         Returns:
-            loss: mean cross-entropy (over `num_items_in_batch` if the Trainer passes it); logits (B, kept, V), None
-            while training with labels, where the loss never holds the logits of a whole batch.
+            loss: mean cross-entropy (over `num_items_in_batch` if the Trainer passes it), 0 where nothing is scored;
+            logits (B, kept, V), None while training with labels, where the loss never holds the logits of a whole batch.
         """
         outputs = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
@@ -411,9 +422,7 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         hidden = outputs.last_hidden_state
         loss = logits = None
         if labels is not None:
-            loss = chunked_cross_entropy(
-                hidden[:, :-1], self.lm_head.weight, labels[:, 1:], kwargs.get("num_items_in_batch")
-            )
+            loss = chunked_cross_entropy(hidden[:, :-1], self.lm_head, labels[:, 1:], kwargs.get("num_items_in_batch"))
         if labels is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept, :])
@@ -430,9 +439,11 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         max_cache_length: int,
     ) -> None:
         """Let `generate` use a HymbaCache planned for its whole length, unless it was given one or told not to."""
-        given = model_kwargs.get("past_key_values")
+        given, kind = model_kwargs.get("past_key_values"), generation_config.cache_implementation
         if given is not None and not isinstance(given, HymbaCache):
             raise ValueError(f"past_key_values is a {type(given).__name__}; Hymba continues a HymbaCache")
+        if kind is not None:
+            raise ValueError(f"cache_implementation={kind!r}: Hymba has a cache of its own; leave it out")
         if given is None and generation_config.use_cache:
             model_kwargs["past_key_values"] = HymbaCache(self.config, max_length=max_cache_length)
 

@@ -74,10 +74,12 @@ def rows_to_stream(
         past_lengths: (B,) tokens that a cache already holds for each row, or None when there is no past.
 
     Raises:
-        ValueError: the mask's or the position ids' shape does not fit.
+        ValueError: the mask's or the position ids' shape does not fit, or the mask denies what the cache holds.
     """
     rows, columns = shape
     real = _real_slots(attention_mask, shape, past_slots)
+    if past_lengths is not None:
+        _check_past(past_lengths, rows, attention_mask, past_slots)
     if real is None:
         index = torch.arange(columns, device=device).expand(rows, columns)
         lengths = torch.full((rows,), columns, device=device)
@@ -106,13 +108,14 @@ def packed_to_stream(
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     seq_idx: Tensor | None = None,
-    cu_seq_lens: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> Stream:
     """A stream out of rows that may hold several documents each (no cache).
 
-    Documents are marked by `seq_idx` (B, L), `cu_seq_lens` (documents + 1,) over the B * L slots, or, where there is no
-    attention mask, by `position_ids` (B, L) that do not go up. A row always starts a document.
+    Documents are marked by `seq_idx` (B, L), `cu_seq_lens_q` or `_k` (documents + 1,) over the B * L slots, or, where
+    there is no attention mask, by `position_ids` (B, L) that do not go up. A row always starts a document.
 
     Raises:
         ValueError: a shape does not fit, or two of the inputs mark different documents.
@@ -120,19 +123,20 @@ def packed_to_stream(
     starts: dict[str, Tensor] = {}
     if seq_idx is not None:
         starts["seq_idx"] = _changes(_position_ids(seq_idx, shape, "seq_idx"))
-    if cu_seq_lens is not None:
-        starts["cu_seq_lens_q"] = _starts_at(cu_seq_lens, shape)
+    for name, offsets in (("cu_seq_lens_q", cu_seq_lens_q), ("cu_seq_lens_k", cu_seq_lens_k)):
+        if offsets is not None:
+            starts[name] = _starts_at(name, offsets, shape)
     if position_ids is not None and attention_mask is None:
-        starts["position_ids"] = _restarts(_position_ids(position_ids, shape))
+        starts["position_ids"] = restarts(position_ids, shape)
     if not starts:
         return rows_to_stream(shape, num_meta, attention_mask, position_ids, None, device=device)
-    (name, marked), *others = starts.items()
+    (first, marked), *others = starts.items()
     for other, also in others:
         if not torch.equal(marked, also):
-            raise ValueError(f"{name} and {other} mark different documents; pass one of them, or make them agree")
+            raise ValueError(f"{first} and {other} mark different documents; pass one of them, or make them agree")
     real = _real_slots(attention_mask, shape)
-    if real is not None and cu_seq_lens is not None:
-        raise ValueError("cu_seq_lens_q counts every slot, but attention_mask has padding; pass one of them")
+    if real is not None and (cu_seq_lens_q is not None or cu_seq_lens_k is not None):
+        raise ValueError("cu_seq_lens counts every slot, but attention_mask has padding; pass one of them")
     return _marked_stream(shape, num_meta, marked, real, position_ids)
 
 
@@ -154,6 +158,19 @@ def _marked_stream(
         ids = _position_ids(position_ids, shape).flatten()
         ids = ids if slots is None else ids[slots]
     return Stream(shape, num_meta, cu_seqlens, real, slots, _rope_ids(ids, None, num_meta, with_meta=True))
+
+
+def _check_past(past_lengths: Tensor, rows: int, attention_mask: Tensor | None, past_slots: int) -> None:
+    if len(past_lengths) != rows:
+        raise ValueError(f"the cache holds {len(past_lengths)} rows, the batch has {rows}")
+    if attention_mask is None:
+        return
+    masked = attention_mask[:, :past_slots].bool().sum(1)
+    if not torch.equal(masked, past_lengths):
+        raise ValueError(
+            f"attention_mask has {masked.tolist()} tokens in the cached slots, but the cache holds "
+            f"{past_lengths.tolist()}: what was computed as a token can't become padding later"
+        )
 
 
 def _real_slots(attention_mask: Tensor | None, shape: tuple[int, int], past_slots: int = 0) -> Tensor | None:
@@ -192,20 +209,23 @@ def _changes(ids: Tensor) -> Tensor:
     return starts
 
 
-def _restarts(ids: Tensor) -> Tensor:
+def restarts(position_ids: Tensor, shape: tuple[int, int]) -> Tensor:
+    """(B, L): True where a document starts, that is where the position ids do not go up."""
+    ids = _position_ids(position_ids, shape)
     starts = torch.ones_like(ids, dtype=torch.bool)
     starts[:, 1:] = ids[:, 1:] <= ids[:, :-1]
     return starts
 
 
-def _starts_at(cu_seq_lens: Tensor, shape: tuple[int, int]) -> Tensor:
+def _starts_at(name: str, cu_seq_lens: Tensor, shape: tuple[int, int]) -> Tensor:
     slots = shape[0] * shape[1]
     offsets = cu_seq_lens.long()
-    if offsets.dim() != 1 or int(offsets[0]) != 0 or int(offsets[-1]) != slots or bool((offsets.diff() < 0).any()):
-        raise ValueError(f"cu_seq_lens_q must rise from 0 to the {slots} tokens of the batch, got {offsets.tolist()}")
+    ends = (int(offsets.flatten()[0]), int(offsets.flatten()[-1])) if offsets.numel() else ()
+    if offsets.dim() != 1 or ends != (0, slots) or bool((offsets.diff() < 0).any()):
+        raise ValueError(f"{name} must rise from 0 to the {slots} slots of the batch, got {offsets.tolist()}")
     starts = torch.zeros(slots + 1, dtype=torch.bool, device=offsets.device)
     starts[offsets] = True
     starts = starts[:-1].reshape(shape)
     if not bool(starts[:, 0].all()):
-        raise ValueError("cu_seq_lens_q holds a document that crosses from one row of the batch to the next")
+        raise ValueError(f"{name} holds a document that crosses from one row of the batch to the next")
     return starts
