@@ -38,11 +38,11 @@ class Task:
     run: Callable[[Engine, Any, int | None], Scores]
 
 
-def _embedded_task(kind: str) -> Task:
+def _embedded_task(name: str) -> Task:
     return Task(
-        protocol=f"embedded {kind}, {embedded.ITEMS} held-out items, exact match v1",
+        protocol=f"{name}: {embedded.ITEMS} embedded held-out items, exact match v1",
         headline=embedded.METRIC,
-        rows=lambda data: embedded.held_out_items(kind),
+        rows=lambda data: embedded.held_out_items(name),
         run=embedded.run_embedded,
     )
 
@@ -57,7 +57,7 @@ def _gsm8k_task(name: str) -> Task:
 
 TASKS: dict[str, Task] = {
     **{name: _gsm8k_task(name) for name in gsm8k.PROTOCOLS},
-    **{f"tiny_{kind}": _embedded_task(kind) for kind in embedded.SCORERS},
+    **{name: _embedded_task(name) for name in embedded.TASKS},
 }
 
 

@@ -78,9 +78,14 @@ def test_a_very_long_answer_is_judged_at_once(filters, answer):
 def test_the_shots_are_those_lm_eval_draws(data_dir, tiny_llama, character_tokenizer, monkeypatch):
     indices = json.loads((data_dir / "scoring_gold" / "gsm8k" / "lm_eval_fewshot_indices_seed1234.json").read_text())
     splits = gsm8k.gsm8k_splits(data_dir)
-    seen = []
+    seen: list[list[dict[str, str]]] = []
     engine = Engine(tiny_llama, character_tokenizer)
-    monkeypatch.setattr(engine, "encode_chat", lambda messages, tools=None: seen.append(messages) or [3])
+
+    def encode_chat(messages: list[dict[str, str]]) -> list[int]:
+        seen.append(messages)
+        return [3]
+
+    monkeypatch.setattr(engine, "encode_chat", encode_chat)
     monkeypatch.setattr(
         engine, "generate", lambda prompts, max_new_tokens, stop: [Answer("", 0, "eos", 0) for _ in prompts]
     )

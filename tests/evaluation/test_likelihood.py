@@ -1,6 +1,7 @@
 """Batched log-likelihoods are those of a plain forward over each request."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ TOLERANCE = 1e-4
 
 
 @torch.no_grad()
-def alone(model, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+def alone(model: Any, context: list[int], continuation: list[int]) -> tuple[float, bool]:
     ids = torch.tensor([context + continuation])
     logprobs = torch.log_softmax(model(ids, use_cache=False).logits[0].double(), -1)[len(context) - 1 : -1]
     tokens = torch.tensor(continuation)

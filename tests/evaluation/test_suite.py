@@ -9,6 +9,8 @@ import pytest
 from hymba_tune.errors import UserError
 from hymba_tune.evaluation import suite
 from hymba_tune.evaluation.chat_task import ChatItem, Verdict, run_chat_task
+from hymba_tune.evaluation.engine import Engine
+from hymba_tune.evaluation.gsm8k import gsm8k_splits, run_gsm8k
 from hymba_tune.evaluation.suite import TASKS, Task, run_suite
 
 pytest.importorskip("lm_eval")
@@ -47,22 +49,23 @@ def test_gsm8k_runs_from_files_and_reports_every_item(tiny_hymba, character_toke
     assert "torch" in result["packages"]
 
 
-def test_the_prompt_is_five_worked_examples_as_turns_without_answer(tiny_llama, character_tokenizer, data, tmp_path):
-    from hymba_tune.evaluation.engine import Engine
-    from hymba_tune.evaluation.gsm8k import gsm8k_splits, run_gsm8k
+def test_the_prompt_is_five_worked_examples_as_turns(tiny_llama, character_tokenizer, data, monkeypatch):
+    engine = Engine(tiny_llama, character_tokenizer, max_new_tokens=1)
+    seen: list[list[dict[str, str]]] = []
 
-    engine = Engine(tiny_llama, character_tokenizer, max_new_tokens=1, max_length=4096)
-    seen: list[str] = []
-    engine.encode_chat = lambda messages, tools=None: (  # type: ignore[method-assign]
-        seen.append([(m["role"], m["content"]) for m in messages]) or Engine.encode_chat(engine, messages, tools)  # type: ignore[arg-type,func-returns-value]
-    )
-    run_gsm8k("gsm8k", engine, gsm8k_splits(data), 1)
-    run_gsm8k("gsm8k_upstream", engine, gsm8k_splits(data), 1)
+    def encode_chat(messages: list[dict[str, str]]) -> list[int]:
+        seen.append(messages)
+        return [3]
+
+    monkeypatch.setattr(engine, "encode_chat", encode_chat)
+    for task in ("gsm8k", "gsm8k_upstream"):
+        run_gsm8k(task, engine, gsm8k_splits(data), 1)
     ours, upstream = seen
-    assert [role for role, _ in ours] == ["user", "assistant"] * 5 + ["user"]
-    assert ours[-1] == ("user", "Question: What is 3 plus test?\n")
-    assert upstream[-1] == ("user", "Question: What is 3 plus test?\nAnswer:")
-    assert ours[1][1].endswith(">>\n#### " + ours[1][1].split()[-1])
+    assert [message["role"] for message in ours] == ["user", "assistant"] * 5 + ["user"]
+    assert ours[-1]["content"] == "Question: What is 3 plus test?\n"
+    assert upstream[-1]["content"] == "Question: What is 3 plus test?\nAnswer:"
+    assert ours[1]["content"].startswith("It is ")
+    assert "#### " in ours[1]["content"]
 
 
 def test_a_finished_task_is_reused_and_other_settings_are_not(
@@ -85,7 +88,8 @@ def test_a_cut_suite_goes_on_with_the_next_prompt(tiny_hymba, character_tokenize
         if done == 2:
             raise Cut
 
-    out, seen = tmp_path / "eval", []
+    out = tmp_path / "eval"
+    seen: list[int] = []
     with pytest.raises(Cut):
         gsm8k_result(tiny_hymba, character_tokenizer, out, data, progress=cut_after_two, batch_tokens=1)
     with (out / "answers.jsonl").open("a") as file:
