@@ -1,0 +1,278 @@
+"""A mix: several sources, each with its amount -> one shuffled dataset of conversations, and a count of every source.
+
+    sources:
+      math:
+        path: ${HYMBA_TUNE_DATA}/data/gsm8k/train.jsonl
+        map: {user: question, assistant: answer}
+        licence: MIT
+      mine:
+        path: my_chats.jsonl              # next to the mix file
+        weight: 2                         # each conversation twice
+    on_bad_row: error
+
+The same mix, seed and files give the same conversations in the same order, on every machine.
+"""
+
+import difflib
+import hashlib
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+
+from hymba_tune.data.formats import FORMATS
+from hymba_tune.data.sources import SUFFIXES, Conversion, Source, convert, fingerprint
+from hymba_tune.data.synthetic import GENERATORS
+from hymba_tune.errors import UserError
+from hymba_tune.layers import Origin
+from hymba_tune.paths import expand, find
+from hymba_tune.yaml_reader import Location, line_of, read_yaml
+
+Ids = np.ndarray
+"""(n,) int64: positions in the sources' conversations laid end to end."""
+
+
+class Mix(BaseModel):
+    """A mix file, checked: its files exist, formats and generators are known, amounts don't contradict each other.
+
+    drop_duplicates: a conversation that is byte for byte in an earlier place (or source) is left out and counted
+    validation:      so many conversations are held out of all sources together, in proportion to their sizes
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    sources: dict[str, Source] = Field(min_length=1)
+    on_bad_row: Literal["error", "skip"] = "error"
+    drop_duplicates: bool = False
+    validation: int = Field(default=0, ge=0)
+    _places: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def place(self, name: str) -> str:
+        """Where a source is defined, for messages: `mix.yaml:7: sources.NAME`."""
+        return self._places.get(name, f"sources.{name}")
+
+    def skips(self, name: str) -> bool:
+        """Whether a source's bad rows are skipped rather than refused."""
+        return (self.sources[name].on_bad_row or self.on_bad_row) == "skip"
+
+
+@dataclass(frozen=True)
+class SourceCount:
+    """One source of a realised mix. read = kept + filtered + skipped; `conversations` of it are in the split, of the
+    rest some are `validation` (held out), some `duplicates`, and some were not asked for.
+    """
+
+    source: str
+    licence: str | None
+    read: int
+    filtered: int
+    skipped: int
+    first_skipped: str | None
+    kept: int
+    duplicates: int
+    validation: int
+    conversations: int
+
+
+def load_mix(path: str | Path) -> Mix:
+    """Read and check a mix: a file, or the name of one in data_mixes/. UserError lists all problems, one a line."""
+    found = Path(path) if Path(path).is_file() else find(f"data_mixes/{path}.yaml", [Path.cwd()])
+    if found is None:
+        raise UserError(f"no mix {path}; give a .yaml file or the name of one in data_mixes/")
+    values, lines = read_yaml(found)
+    try:
+        mix = Mix.model_validate(values)
+        problems: list[tuple[Location, str]] = list(_contradictions(mix))
+        sources = {name: _with_files(name, source, found, lines, problems) for name, source in mix.sources.items()}
+    except ValidationError as error:
+        problems = list(_invalid(error))
+    if problems:
+        texts = [f"{found}:{line_of(lines, at)}: {'.'.join(map(str, at))}: {message}" for at, message in problems]
+        raise UserError("\n".join(dict.fromkeys(texts)))
+    mix = mix.model_copy(update={"sources": sources})
+    mix._places.update({name: f"{found}:{line_of(lines, ('sources', name))}: sources.{name}" for name in sources})
+    return mix
+
+
+def mix_fingerprint(mix: Mix) -> str:
+    """Changes with whatever changes the realised mix, but for the seed: settings, files' bytes, formats' code."""
+    parts = {
+        name: [fingerprint(source, mix.skips(name), seed=0), source.take, source.weight, source.share]
+        for name, source in mix.sources.items()
+    }
+    return hashlib.sha256(json.dumps([list(parts.items()), mix.drop_duplicates, mix.validation]).encode()).hexdigest()
+
+
+def realise_mix(
+    mix: Mix,
+    seed: int,
+    split: Literal["train", "validation"] = "train",
+    *,
+    validation: int | None = None,
+    limit: int | None = None,
+    cache_dir: Path | None = None,
+) -> tuple[datasets.Dataset, list[SourceCount]]:
+    """The conversations of a split, shuffled: columns `conversation` (JSON text) and `source`; and a count a source.
+
+    `validation` conversations are held out (None: as the mix says); no training conversation equals one of them.
+    `limit` keeps the first so many of the split. `cache_dir` holds the converted sources (None: in datasets' cache).
+    """
+    folder = cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "hymba_tune"
+    converted = _convert_all(mix, seed, folder)
+    rows = datasets.concatenate_datasets([table for table, _ in converted.values()])
+    keys: np.ndarray = rows.data.column("key").to_numpy()
+    distinct = _distinct(mix, _numbered(converted), keys)
+    pools = {name: _shuffled(ids, seed, name)[: mix.sources[name].take] for name, ids in distinct.items()}
+    pools, held = _hold_out(pools, keys, mix.validation if validation is None else validation)
+    chosen = held if split == "validation" else _amounts(mix, pools)
+    ids = _shuffled(np.concatenate(list(chosen.values())), seed, split)[:limit]
+    return rows.select(ids).remove_columns("key"), _counts(mix, converted, distinct, held, ids)
+
+
+def _convert_all(mix: Mix, seed: int, folder: Path) -> dict[str, tuple[datasets.Dataset, Conversion]]:
+    """Every source converted, hub sources first: a hub that can't be reached is known before other work is done."""
+    converted = {}
+    for name in sorted(mix.sources, key=lambda name: mix.sources[name].hub is None):
+        table, counts = convert(mix.sources[name], name, mix.place(name), mix.skips(name), seed, folder)
+        if not counts.kept:
+            raise UserError(
+                f"{mix.place(name)}: not one usable conversation (rows read {counts.read}, filtered {counts.filtered}, "
+                f"skipped {counts.skipped}, the first: {counts.first_skipped}); check format, map and filter"
+            )
+        converted[name] = table, counts
+    return {name: converted[name] for name in mix.sources}
+
+
+def _numbered(converted: dict[str, tuple[datasets.Dataset, Conversion]]) -> dict[str, Ids]:
+    ends = np.cumsum([len(table) for table, _ in converted.values()])
+    return {
+        name: np.arange(end - len(table), end) for (name, (table, _)), end in zip(converted.items(), ends, strict=True)
+    }
+
+
+def _distinct(mix: Mix, ids: dict[str, Ids], keys: np.ndarray) -> dict[str, Ids]:
+    if not mix.drop_duplicates:
+        return ids
+    first = np.zeros(len(keys), dtype=bool)
+    first[np.unique(keys, return_index=True)[1]] = True
+    return {name: part[first[part]] for name, part in ids.items()}
+
+
+def _shuffled(ids: Ids, seed: int, name: str) -> Ids:
+    return np.random.default_rng([seed, zlib.crc32(name.encode())]).permutation(ids)
+
+
+def _hold_out(pools: dict[str, Ids], keys: np.ndarray, wanted: int) -> tuple[dict[str, Ids], dict[str, Ids]]:
+    """Cut `wanted` ids off the pools, in proportion; then drop what equals one of them from the rest."""
+    total = sum(map(len, pools.values()))
+    if wanted >= total:
+        raise UserError(f"validation: {wanted} of {total} conversations leave none to train on; hold out fewer")
+    ends = np.round(np.cumsum([0, *map(len, pools.values())]) * wanted / total).astype(int)
+    held = {name: pool[:n] for (name, pool), n in zip(pools.items(), np.diff(ends), strict=True)}
+    held_keys = keys[np.concatenate(list(held.values()))]
+    rest = {name: pool[len(held[name]) :] for name, pool in pools.items()}
+    return {name: part[~np.isin(keys[part], held_keys)] for name, part in rest.items()}, held
+
+
+def _amounts(mix: Mix, pools: dict[str, Ids]) -> dict[str, Ids]:
+    """The ids of each source as often as its `weight` or `share` asks."""
+    sizes = {name: round(len(pool) * (mix.sources[name].weight or 1)) for name, pool in pools.items()}
+    shares = {name: source.share for name, source in mix.sources.items() if source.share}
+    fixed = sum(size for name, size in sizes.items() if name not in shares)
+    if len(shares) < len(sizes):
+        total = fixed / (1 - sum(shares.values()))
+    else:
+        total = min(len(pools[name]) / share for name, share in shares.items())
+    for name, share in shares.items():
+        sizes[name] = round(share * total)
+        if sizes[name] > len(pools[name]):
+            raise UserError(
+                f"{mix.place(name)}.share: {share} of the mix is {sizes[name]} conversations, but the source has "
+                f"{len(pools[name])}; lower the share, or repeat the source with weight"
+            )
+    return {name: np.resize(pool, sizes[name]) if len(pool) else pool for name, pool in pools.items()}
+
+
+def _counts(
+    mix: Mix,
+    converted: dict[str, tuple[datasets.Dataset, Conversion]],
+    distinct: dict[str, Ids],
+    held: dict[str, Ids],
+    ids: Ids,
+) -> list[SourceCount]:
+    return [
+        SourceCount(
+            source=name,
+            licence=mix.sources[name].licence,
+            read=counts.read,
+            filtered=counts.filtered,
+            skipped=counts.skipped,
+            first_skipped=counts.first_skipped,
+            kept=counts.kept,
+            duplicates=counts.kept - len(distinct[name]),
+            validation=len(held[name]),
+            conversations=int(((ids >= numbers[0]) & (ids <= numbers[-1])).sum()),
+        )
+        for (name, (_, counts)), numbers in zip(converted.items(), _numbered(converted).values(), strict=True)
+    ]
+
+
+def _with_files(
+    name: str, source: Source, mix_path: Path, lines: dict[Location, int], problems: list[tuple[Location, str]]
+) -> Source:
+    """`path` as a list of existing files, absolute; a relative one starts in the mix file's folder."""
+    if source.path is None:
+        return source
+    at: Location = ("sources", name, "path")
+    origin = Origin(f"{mix_path}:{line_of(lines, at)}", mix_path.absolute().parent)
+    files: list[str] = []
+    for text in [source.path] if isinstance(source.path, str) else source.path:
+        pattern = origin.folder / expand(text, origin, ".".join(map(str, at)))
+        found = [pattern] if pattern.exists() else sorted(pattern.parent.glob(pattern.name))
+        if not found:
+            problems.append((at, f"no file {pattern}; check the path"))
+        unknown = [file for file in found if not file.name.endswith(SUFFIXES)]
+        problems += [(at, f"{file}: unknown kind of file; use {', '.join(SUFFIXES)}") for file in unknown]
+        files += map(str, found)
+    return source.model_copy(update={"path": files})
+
+
+def _contradictions(mix: Mix) -> Iterator[tuple[Location, str]]:
+    for name, source in mix.sources.items():
+        at: Location = ("sources", name)
+        origins = [key for key in ("path", "hub", "generator") if getattr(source, key) is not None]
+        if len(origins) != 1:
+            yield at, f"has {' and '.join(origins) or 'no origin'}; give exactly one of path, hub, generator"
+        amounts = [key for key in ("take", "weight", "share") if getattr(source, key) is not None]
+        if len(amounts) > 1:
+            yield (*at, amounts[1]), f"contradicts {amounts[0]}; give one of take, weight, share"
+        if source.format_name not in FORMATS:
+            yield (*at, "format"), f"{source.format!r} is unknown; known are {', '.join(FORMATS)}"
+        if source.generator and source.generator.name not in GENERATORS:
+            yield (*at, "generator", "name"), f"{source.generator.name!r} is unknown; known are {', '.join(GENERATORS)}"
+    shares = [source.share for source in mix.sources.values() if source.share]
+    if shares and len(shares) == len(mix.sources) and abs(sum(shares) - 1) > 1e-6:
+        yield ("sources",), f"all sources have a share, but these sum to {sum(shares):g}; make it 1"
+    if shares and len(shares) < len(mix.sources) and sum(shares) >= 1:
+        yield ("sources",), f"the shares sum to {sum(shares):g} and leave nothing for the other sources; make it less"
+
+
+def _invalid(error: ValidationError) -> Iterator[tuple[Location, str]]:
+    """pydantic's findings as a user reads them."""
+    for found in error.errors(include_url=False):
+        location: Location = tuple(found["loc"])
+        value: Any = found["input"]
+        if found["type"] == "extra_forbidden":
+            known = [*Mix.model_fields, *Source.model_fields]
+            close = difflib.get_close_matches(str(location[-1]), known, n=1)
+            yield location, f"unknown key{f'; did you mean {close[0]}?' if close else ''}"
+        elif found["type"] == "missing":
+            yield location, "missing; add it"
+        else:
+            yield location, f"{value!r}: {found['msg'][0].lower()}{found['msg'][1:]}"
