@@ -100,7 +100,8 @@ def doctor() -> None:
     """Say what this machine has: packages, devices, and which backend each operation takes and why."""
     from hymba_tune.doctor import examine
 
-    examine()
+    if not examine():
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

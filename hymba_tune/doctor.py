@@ -51,10 +51,10 @@ def examine(console: Console | None = None) -> bool:
         "Backends": backends(),
     }
     for title, findings in sections.items():
-        table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+        table = Table(show_header=False, box=None, pad_edge=False)
         for finding in findings:
             table.add_row(_MARKS[finding.ok], finding.subject, escape(finding.found))
-        console.print(table, "")
+        console.print(f"[bold]{title}[/]", table, "", sep="\n")
     return all(finding.ok is not False for findings in sections.values() for finding in findings)
 
 

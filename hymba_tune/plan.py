@@ -1,0 +1,269 @@
+"""What a run would do, before anything starts: settings, parameters, tokens, steps, memory. No weights, no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from hymba_tune.errors import UserError
+from hymba_tune.geometry import PUBLISHED, Geometry, activation_floats, adapter_parameters, parameters
+from hymba_tune.provenance import gpus
+from hymba_tune.recipe import Recipe
+
+GIB = 2**30
+# Conversations that are tokenised to count tokens; larger mixes are extrapolated from evenly spaced ones.
+SAMPLE = 2000
+# Tokens that the loss scores at a time (model/loss.py), and the float32 copies of their logits that exist at once:
+# logits, probabilities, gradient.
+LOGITS_CHUNK, LOGITS_COPIES = 256, 3
+
+
+@dataclass(frozen=True)
+class DataCount:
+    """Conversations of the mix, their tokens and those the loss falls on, and how many rows they make."""
+
+    conversations: int
+    tokens: int
+    supervised: int
+    rows: int
+    exact: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The facts; what could not be known is None, with the reason in the note beside it."""
+
+    recipe: Recipe
+    parts: dict[str, int] | None
+    trained: int | None
+    model_note: str
+    data: DataCount | None
+    data_note: str
+    steps: int | None
+    memory: dict[str, int] | None
+    on_gpu: bool
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Count what can be counted. Raises UserError where the run itself would refuse."""
+    config, model_note = model_config(recipe)
+    data, data_note = count_data(recipe)
+    on_gpu = bool(gpus())
+    parts = trained = memory = None
+    if config is not None:
+        geometry = Geometry.of(config)
+        parts = parameters(geometry)
+        adapter = recipe.adapter
+        trained = sum(parts.values())
+        if adapter is not None:
+            trained = adapter_parameters(geometry, adapter.type, adapter.r, adapter.targets)
+        memory = memory_bytes(recipe, geometry, trained, on_gpu)
+    return Plan(recipe, parts, trained, model_note, data, data_note, count_steps(recipe, data), memory, on_gpu)
+
+
+def model_config(recipe: Recipe) -> tuple[Mapping[str, Any] | None, str]:
+    """The model's configuration, and where it comes from or why it is not known."""
+    source = recipe.model.source
+    if source == "scratch":
+        return recipe.model.config, "random weights"
+    if source.startswith("stage:"):
+        return None, f"the model that stage {source.removeprefix('stage:')} writes"
+    folder = Path(source)
+    if source == "tiny":
+        from hymba_tune.tiny import tiny_path
+
+        folder = tiny_path()
+    if folder.is_dir():
+        return _read_config(folder / "config.json"), str(folder)
+    return _hub_config(source)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"model.from: {path} is missing or no JSON; name a folder that save_pretrained wrote") from None
+    if config.get("model_type") != "hymba":
+        raise UserError(f"model.from: {path}: model_type is {config.get('model_type')!r}, not 'hymba'; name a Hymba")
+    return config
+
+
+def _hub_config(name: str) -> tuple[Mapping[str, Any] | None, str]:
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, "config.json")
+    if isinstance(cached, str):
+        return _read_config(Path(cached)), f"hub: {name} (in the local cache)"
+    if name in PUBLISHED:
+        return PUBLISHED[name], f"hub: {name} (published configuration)"
+    return None, f"hub: {name}, not in the local cache, so not counted"
+
+
+def count_data(recipe: Recipe) -> tuple[DataCount | None, str]:
+    """Tokens and rows of the mix as the run would make them, or why they are not counted."""
+    from hymba_tune.data.mix import load_mix
+
+    mix = load_mix(recipe.data.mix)
+    tokenizer = _tokenizer_folder(recipe)
+    hub = [name for name, source in mix.sources.items() if source.hub]
+    if hub:
+        return None, f"on the hub, not counted: {', '.join(hub)}"
+    if recipe.method != "sft":
+        return None, f"not counted for method {recipe.method}"
+    if tokenizer is None:
+        return None, "the tokenizer is on the hub, not counted"
+    return _count_local(recipe, mix, tokenizer), "counted"
+
+
+def _tokenizer_folder(recipe: Recipe) -> Path | None:
+    name = recipe.model.tokenizer or recipe.model.source
+    if name == "tiny":
+        from hymba_tune.tiny import tiny_path
+
+        return tiny_path()
+    return Path(name) if Path(name).is_dir() else None
+
+
+def _count_local(recipe: Recipe, mix: Any, tokenizer_folder: Path) -> DataCount:
+    """Tokenise all conversations, or SAMPLE evenly spaced ones; documents that do not fit are dropped or cut."""
+    from hymba_tune.data.chat import encode_conversation, load_tokenizer
+    from hymba_tune.data.mix import realise_mix
+
+    tokenizer = load_tokenizer(tokenizer_folder)
+    dataset, _ = realise_mix(mix, recipe.data.seed, validation=recipe.data.validation, limit=recipe.data.limit)
+    count = len(dataset)
+    step = max(count // SAMPLE, 1)
+    looked_at = range(0, count, step)
+    tokens = supervised = kept = 0
+    for index in looked_at:
+        conversation = json.loads(dataset[index]["conversation"])
+        document = encode_conversation(tokenizer, conversation["messages"], conversation.get("tools"))
+        if recipe.data.too_long == "drop" and len(document.input_ids) > recipe.data.max_length:
+            continue
+        mask = document.loss_mask[: recipe.data.max_length]
+        tokens, supervised, kept = tokens + len(mask), supervised + sum(mask), kept + 1
+    scale = count / max(len(looked_at), 1)
+    rows = kept if recipe.data.packing == "none" else math.ceil(tokens / recipe.data.max_length)
+    return DataCount(count, round(tokens * scale), round(supervised * scale), math.ceil(rows * scale), step == 1)
+
+
+def count_steps(recipe: Recipe, data: DataCount | None) -> int | None:
+    """Optimizer steps: ceil(rows / rows a step) for each epoch, unless trainer.max_steps says otherwise."""
+    options = recipe.trainer_arguments
+    if options.get("max_steps", -1) > 0:
+        return int(options["max_steps"])
+    if data is None:
+        return None
+    return math.ceil(math.ceil(data.rows / rows_a_step(recipe)) * options.get("num_train_epochs", 3))
+
+
+def rows_a_step(recipe: Recipe) -> int:
+    """The global batch: micro-batch x accumulation x processes."""
+    micro = recipe.trainer.per_device_train_batch_size
+    return micro * recipe.gradient_accumulation_steps * recipe.launch.processes
+
+
+def memory_bytes(recipe: Recipe, geometry: Geometry, trained: int, on_gpu: bool) -> dict[str, int]:
+    """Bytes of one process in a training step.
+
+    weights: 4 a parameter (float32 masters), trained or frozen, adapter included
+    gradients: 4 a trained parameter
+    optimizer: 8 a trained parameter (Adam's two moments; 2 with an 8-bit optimizer)
+    activations: tokens of the micro-batch x `activation_floats` over the layers x 2 bytes (bfloat16) or 4; with
+        gradient checkpointing each layer keeps its input (C) and K/V only, and one layer at a time is whole
+    logits: 256 tokens x V x 4 bytes x 3
+    """
+    options = recipe.trainer_arguments
+    total = sum(parameters(geometry).values()) + (trained if recipe.adapter else 0)
+    width = 2 if recipe.model.dtype == "bfloat16" or (recipe.model.dtype == "auto" and on_gpu) else 4
+    layers = [activation_floats(geometry, layer) for layer in range(len(geometry.letters))]
+    floats = sum(layers)
+    if options.get("gradient_checkpointing", True):
+        shared = geometry.kv_heads * (geometry.head_dim + geometry.value_head_dim)
+        floats = len(layers) * (geometry.hidden + shared) + max(layers)
+    tokens = recipe.trainer.per_device_train_batch_size * recipe.data.max_length
+    return {
+        "weights": 4 * total,
+        "gradients": 4 * trained,
+        "optimizer": (2 if "8bit" in str(options.get("optim", "")) else 8) * trained,
+        "activations": width * tokens * floats,
+        "logits": 4 * LOGITS_CHUNK * geometry.vocab * LOGITS_COPIES,
+    }
+
+
+def show(plan: Plan, console: Console | None = None) -> None:
+    """Print a plan."""
+    console = console or Console()
+    console.print(f"[bold]{escape(plan.recipe.stage)}[/] ({plan.recipe.method}) -> {escape(plan.recipe.output.dir)}\n")
+    _print(console, "Settings", _flat(plan.recipe.to_dict()))
+    _print(console, "Model", _model_rows(plan))
+    _print(console, "Data and steps", _data_rows(plan))
+    if plan.memory is not None:
+        place = "a GPU" if plan.on_gpu else "the CPU"
+        _print(console, f"Memory of one process, estimated for {place}", _memory_rows(plan.memory))
+
+
+def _print(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in rows:
+        table.add_row(f"  {escape(name)}", escape(value))
+    console.print(f"[bold]{title}[/]", table, "", sep="\n")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """`section.key` and value of every setting, in the recipe's order."""
+    rows: list[tuple[str, str]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{prefix}{key}.")
+        else:
+            rows.append((f"{prefix}{key}", json.dumps(value) if not isinstance(value, str) else value))
+    return rows
+
+
+def _model_rows(plan: Plan) -> list[tuple[str, str]]:
+    if plan.parts is None or plan.trained is None:
+        return [("parameters", f"not known: {plan.model_note}")]
+    total = sum(plan.parts.values())
+    adapter = plan.recipe.adapter
+    how = f"{adapter.type}, r {adapter.r}" if adapter else "all weights"
+    share = plan.trained / (total + plan.trained if adapter else total)
+    return [
+        ("from", plan.model_note),
+        ("parameters", f"{total:,}"),
+        *[(f"  {name}", f"{count:,}") for name, count in plan.parts.items()],
+        ("trained", f"{plan.trained:,} ({how}; {share:.2%})"),
+    ]
+
+
+def _data_rows(plan: Plan) -> list[tuple[str, str]]:
+    recipe, data = plan.recipe, plan.data
+    micro, processes = recipe.trainer.per_device_train_batch_size, recipe.launch.processes
+    rows = [("conversations", f"not known: {plan.data_note}")]
+    if data is not None:
+        about = "" if data.exact else f"about, from {SAMPLE:,} of them: "
+        rows = [
+            ("conversations", f"{data.conversations:,}"),
+            ("tokens", f"{about}{data.tokens:,}, the loss falls on {data.supervised:,}"),
+            ("rows", f"about {data.rows:,} of {recipe.data.max_length:,} tokens ({recipe.data.packing})"),
+        ]
+    batch = rows_a_step(recipe)
+    product = f"{micro} a device x {recipe.gradient_accumulation_steps} accumulated x {processes} processes"
+    return [
+        *rows,
+        ("rows a step", f"{batch:,} = {product}, at most {batch * recipe.data.max_length:,} tokens"),
+        ("steps", f"{plan.steps:,}" if plan.steps is not None else "not known before the data is"),
+    ]
+
+
+def _memory_rows(memory: Mapping[str, int]) -> list[tuple[str, str]]:
+    rows = [(name, f"{count / GIB:8.2f} GiB") for name, count in memory.items()]
+    return [*rows, ("together", f"{sum(memory.values()) / GIB:8.2f} GiB")]

@@ -1,0 +1,141 @@
+"""Plans: what is counted is what the run makes, what is unknown says why, and nothing heavy is loaded."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from hymba_tune import plan as planning
+from hymba_tune.errors import UserError
+from hymba_tune.geometry import Geometry
+from hymba_tune.plan import Plan, make_plan, memory_bytes, show
+from hymba_tune.recipe import load_recipe
+
+CONFIG = "{vocab_size: 97, hidden_size: 64, intermediate_size: 96, num_hidden_layers: 2, num_attention_heads: 2,"
+CONFIG += " num_key_value_heads: 1, v_head_dim: 64}"
+RECIPE = """
+stage: one
+method: sft
+model: {from: nvidia/Hymba-1.5B-Base}
+data: {mix: mix.yaml, max_length: 8}
+trainer: {global_batch: 4, num_train_epochs: 2}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe, a mix of ten local conversations and a word-level tokenizer."""
+    monkeypatch.chdir(tmp_path)
+    Path("one.yaml").write_text(RECIPE)
+    Path("mix.yaml").write_text("sources:\n  mine:\n    path: mine.jsonl\n")
+    turns = [{"role": "user", "content": "one two"}, {"role": "assistant", "content": "three four"}]
+    Path("mine.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 10)
+    return tmp_path
+
+
+def printed(plan: Plan) -> str:
+    stream = io.StringIO()
+    show(plan, Console(file=stream, width=120))
+    return stream.getvalue()
+
+
+def test_the_published_model_is_counted_without_a_hub(folder):
+    plan = make_plan(load_recipe("one.yaml"))
+    assert plan.parts is not None
+    assert sum(plan.parts.values()) == plan.trained == 1_522_797_824
+    assert plan.data is None
+    assert plan.steps is None
+    text = printed(plan)
+    assert "1,522,797,824" in text
+    assert "not known: the tokenizer is on the hub" in text
+    assert "4 = 1 a device x 4 accumulated x 1 processes, at most 32 tokens" in text
+
+
+def test_an_adapter_trains_few_parameters(folder):
+    plan = make_plan(load_recipe("one.yaml", ["adapter={type: dora, r: 8}"]))
+    assert plan.parts is not None
+    assert plan.trained is not None
+    assert plan.trained < 0.01 * sum(plan.parts.values())
+    assert plan.memory is not None
+    assert plan.memory["gradients"] == 4 * plan.trained
+
+
+def test_an_unknown_hub_model_and_another_stages_model_say_why_they_are_not_counted(folder):
+    assert "not known: hub: someone/else, not in the local cache" in printed(
+        make_plan(load_recipe("one.yaml", ["model.from=someone/else"]))
+    )
+    assert "not known: the model that stage sft1 writes" in printed(
+        make_plan(load_recipe("one.yaml", ["model.from=stage:sft1"]))
+    )
+
+
+def test_sources_on_the_hub_are_named_and_not_counted(folder):
+    Path("mix.yaml").write_text("sources:\n  far:\n    hub: {id: someone/data}\n")
+    assert make_plan(load_recipe("one.yaml")).data_note == "on the hub, not counted: far"
+
+
+def test_a_folder_without_a_hymba_is_refused(folder):
+    Path("weights").mkdir()
+    with pytest.raises(UserError, match=r"config\.json is missing"):
+        make_plan(load_recipe("one.yaml", ["model.from=weights"]))
+    Path("weights/config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match="model_type is 'llama', not 'hymba'"):
+        make_plan(load_recipe("one.yaml", ["model.from=weights"]))
+
+
+def test_tokens_rows_and_steps_are_those_of_the_run(folder, data_dir):
+    from hymba_tune.data.chat import load_tokenizer
+    from hymba_tune.data.mix import load_mix, realise_mix
+    from hymba_tune.data.packing import build_rows
+
+    tokenizer = data_dir / "hymba-1.5b"
+    recipe = load_recipe(
+        "one.yaml", [f"model={{from: scratch, config: {CONFIG}, tokenizer: {tokenizer}}}", "data.max_length=100"]
+    )
+    plan = make_plan(recipe)
+    conversations, _ = realise_mix(load_mix(recipe.data.mix), 0)
+    rows, _ = build_rows(conversations, load_tokenizer(tokenizer), 100, "bfd", "drop")
+    assert plan.data is not None
+    assert plan.data.conversations == 10
+    assert plan.data.tokens == sum(map(len, rows["input_ids"]))
+    assert plan.data.supervised == sum(label != -100 for row in rows["labels"] for label in row)
+    assert plan.data.rows == len(rows)
+    assert plan.steps == -(-len(rows) // 4) * 2
+
+
+def test_max_steps_decides_the_steps(folder):
+    assert make_plan(load_recipe("one.yaml", ["trainer.max_steps=7"])).steps == 7
+
+
+def test_a_large_mix_is_extrapolated_from_some_of_it(folder, data_dir, monkeypatch):
+    model = f"model={{from: scratch, config: {CONFIG}, tokenizer: {data_dir / 'hymba-1.5b'}}}"
+    recipe = load_recipe("one.yaml", [model, "data.max_length=100"])
+    whole = make_plan(recipe).data
+    monkeypatch.setattr(planning, "SAMPLE", 5)
+    sampled = make_plan(recipe).data
+    assert whole is not None
+    assert sampled is not None
+    assert (whole.exact, sampled.exact) == (True, False)
+    assert sampled.tokens == whole.tokens  # ten equal conversations
+
+
+def test_memory_follows_the_formulas(folder):
+    geometry = Geometry.of({})
+    recipe = load_recipe("one.yaml", ["model.dtype=float32", "trainer.gradient_checkpointing=false"])
+    whole = memory_bytes(recipe, geometry, trained=1000, on_gpu=False)
+    assert (whole["gradients"], whole["optimizer"], whole["logits"]) == (4000, 8000, 4 * 256 * 32001 * 3)
+    halved = memory_bytes(load_recipe("one.yaml", ["model.dtype=bfloat16"]), geometry, trained=1000, on_gpu=False)
+    assert halved["activations"] < whole["activations"] / 2
+    assert halved["weights"] == whole["weights"]
+
+
+def test_a_plan_loads_no_torch(folder):
+    code = (
+        "import sys\nfrom hymba_tune.recipe import load_recipe\nfrom hymba_tune.plan import make_plan, show\n"
+        "show(make_plan(load_recipe('one.yaml')))\nassert not {'torch', 'trl', 'peft'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
