@@ -133,26 +133,29 @@ def _tokenizer_folder(recipe: Recipe) -> Path | None:
 
 
 def _count_local(recipe: Recipe, mix: Any, tokenizer_folder: Path) -> DataCount:
-    """Tokenise all conversations, or SAMPLE evenly spaced ones; documents that do not fit are dropped or cut."""
+    """Tokenise and pack all conversations, or SAMPLE evenly spaced ones; documents too long are dropped or cut."""
     from hymba_tune.data.chat import encode_conversation, load_tokenizer
     from hymba_tune.data.mix import realise_mix
+    from hymba_tune.data.packing import best_fit_decreasing
 
     tokenizer = load_tokenizer(tokenizer_folder)
     dataset, _ = realise_mix(mix, recipe.data.seed, validation=recipe.data.validation, limit=recipe.data.limit)
     count = len(dataset)
     step = max(count // SAMPLE, 1)
     looked_at = range(0, count, step)
-    tokens = supervised = kept = 0
+    lengths: list[int] = []
+    supervised = 0
     for index in looked_at:
         conversation = json.loads(dataset[index]["conversation"])
         document = encode_conversation(tokenizer, conversation["messages"], conversation.get("tools"))
-        if recipe.data.too_long == "drop" and len(document.input_ids) > recipe.data.max_length:
-            continue
         mask = document.loss_mask[: recipe.data.max_length]
-        tokens, supervised, kept = tokens + len(mask), supervised + sum(mask), kept + 1
+        if (recipe.data.too_long == "truncate" or len(mask) == len(document.loss_mask)) and any(mask):
+            lengths.append(len(mask))
+            supervised += sum(mask)
+    packed = recipe.data.packing == "bfd"
+    rows = len(best_fit_decreasing(lengths, recipe.data.max_length) if packed else lengths)
     scale = count / max(len(looked_at), 1)
-    rows = kept if recipe.data.packing == "none" else math.ceil(tokens / recipe.data.max_length)
-    return DataCount(count, round(tokens * scale), round(supervised * scale), math.ceil(rows * scale), step == 1)
+    return DataCount(count, round(sum(lengths) * scale), round(supervised * scale), round(rows * scale), step == 1)
 
 
 def count_steps(recipe: Recipe, data: DataCount | None) -> int | None:
@@ -249,14 +252,15 @@ def _data_rows(plan: Plan) -> list[tuple[str, str]]:
     micro, processes = recipe.trainer.per_device_train_batch_size, recipe.launch.processes
     rows = [("conversations", f"not known: {plan.data_note}")]
     if data is not None:
-        about = "" if data.exact else f"about, from {SAMPLE:,} of them: "
+        about = "" if data.exact else "about "
         rows = [
-            ("conversations", f"{data.conversations:,}"),
-            ("tokens", f"{about}{data.tokens:,}, the loss falls on {data.supervised:,}"),
-            ("rows", f"about {data.rows:,} of {recipe.data.max_length:,} tokens ({recipe.data.packing})"),
+            ("conversations", f"{data.conversations:,}{'' if data.exact else f' ({SAMPLE:,} looked at)'}"),
+            ("tokens", f"{about}{data.tokens:,}, the loss falls on {about}{data.supervised:,}"),
+            ("rows", f"{about}{data.rows:,} of at most {recipe.data.max_length:,} tokens ({recipe.data.packing})"),
         ]
     batch = rows_a_step(recipe)
-    product = f"{micro} a device x {recipe.gradient_accumulation_steps} accumulated x {processes} processes"
+    many = f"{processes} process{'es' if processes > 1 else ''}"
+    product = f"{micro} a device x {recipe.gradient_accumulation_steps} accumulated x {many}"
     return [
         *rows,
         ("rows a step", f"{batch:,} = {product}, at most {batch * recipe.data.max_length:,} tokens"),

@@ -52,7 +52,7 @@ def test_the_published_model_is_counted_without_a_hub(folder):
     text = printed(plan)
     assert "1,522,797,824" in text
     assert "not known: the tokenizer is on the hub" in text
-    assert "4 = 1 a device x 4 accumulated x 1 processes, at most 32 tokens" in text
+    assert "4 = 1 a device x 4 accumulated x 1 process, at most 32 tokens" in text
 
 
 def test_an_adapter_trains_few_parameters(folder):
@@ -98,7 +98,7 @@ def test_tokens_rows_and_steps_are_those_of_the_run(folder, data_dir):
     )
     plan = make_plan(recipe)
     conversations, _ = realise_mix(load_mix(recipe.data.mix), 0)
-    rows, _ = build_rows(conversations, load_tokenizer(tokenizer), 100, "bfd", "drop")
+    rows, _ = build_rows(conversations, load_tokenizer(tokenizer), 100, folder=folder / "rows")
     assert plan.data is not None
     assert plan.data.conversations == 10
     assert plan.data.tokens == sum(map(len, rows["input_ids"]))

@@ -261,7 +261,8 @@ def test_every_shipped_accelerate_config_loads(path):
 def test_trainer_keys_equal_the_installed_classes():
     import transformers
     import trl
-    from trl_fields import listing
+
+    from tests.trl_fields import listing
 
     written = json.loads(Path(trainer_keys.__file__).with_suffix(".json").read_text(encoding="utf-8"))
     installed = {"trl": trl.__version__, "transformers": transformers.__version__}
