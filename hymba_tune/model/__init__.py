@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hymba_tune.errors import UserError
@@ -26,8 +27,8 @@ def load_model(
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model {path}: {str(error).splitlines()[0]}; give a Hymba folder or hub id") from error
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise UserError(f"model {path}: {' '.join(str(error).split())}; give a Hymba folder or hub id") from error
     if not isinstance(model, HymbaForCausalLM):
         raise UserError(f"model {path}: a {type(model).__name__}, not a Hymba; give a Hymba folder or hub id")
     # The published generation_config switches the cache off, because it was wrong there.

@@ -85,14 +85,11 @@ class HymbaCache(Cache):
         """Take in the K/V that each producer computed over the stream: (num_meta + T, Hkv, d) and (.., dv)."""
         turn = self._turn(stream)
         for layer, (k, v) in produced.items():
-            cache = self.layers[layer]
-            if stream.num_meta or cache.meta_k is None:
+            cache, meta, k, v = self.layers[layer], stream.num_meta, k.detach(), v.detach()
+            if meta or cache.meta_k is None:
                 # Copies: a view would keep the whole prompt's projections alive.
-                cache.meta_k, cache.meta_v = (
-                    k[: stream.num_meta].detach().clone(),
-                    v[: stream.num_meta].detach().clone(),
-                )
-            self._write(cache, layer, k[stream.num_meta :].detach(), v[stream.num_meta :].detach(), turn)
+                cache.meta_k, cache.meta_v = k[:meta].clone(), v[:meta].clone()
+            self._write(cache, layer, k[meta:], v[meta:], turn)
         self.lengths = turn.lengths
         self.slots += stream.shape[1]
 

@@ -4,8 +4,6 @@ The keys are those of the published `config.json`; nothing here or elsewhere in 
 after it is made. What a layer is (producer or consumer of K/V, global or windowed, which branches it has) is a method.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, ClassVar
 
@@ -35,6 +33,7 @@ class HymbaConfig(PreTrainedConfig):
 
     Raises:
         ValueError: a key asks for something that no published Hymba has and this implementation does not compute.
+        StrictDataclassError: a value has another type than its key.
     """
 
     model_type = "hymba"
@@ -98,9 +97,10 @@ class HymbaConfig(PreTrainedConfig):
         if self.mamba_dt_rank == "auto":
             self.mamba_dt_rank = math.ceil(self.hidden_size / 16)
         super().__post_init__(**kwargs)
+        self.validate_architecture()
 
     def validate_architecture(self) -> None:
-        """Part of transformers' strict validation: refuse what is not computed, and layer lists that do not fit."""
+        """Refuse what is not computed, and layer lists that do not fit; transformers calls it again before saving."""
         computed: dict[str, tuple[Any, ...]] = {
             "num_experts": (1,),
             "num_mamba": (1,),

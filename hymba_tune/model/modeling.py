@@ -414,7 +414,7 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
 
         Returns:
             loss: mean cross-entropy (over `num_items_in_batch` if the Trainer passes it), 0 where nothing is scored;
-            logits (B, kept, V), None while training with labels, where the loss never holds the logits of a whole batch.
+            logits (B, kept, V), None while training with labels: the loss never holds the logits of a whole batch.
         """
         outputs = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs

@@ -14,11 +14,14 @@ VOCABULARY = 41
 # Two float64 computations of the same function in another order of sums.
 EXACT = {"rtol": 0.0, "atol": 1e-9}
 
+# Short enough that a document of a dozen tokens crosses it several times.
+WINDOW = 3
+
 _COMMON = {
     "vocab_size": VOCABULARY,
     "intermediate_size": 12,
     "mamba_d_state": 4,
-    "sliding_window": 3,
+    "sliding_window": WINDOW,
     "rope_type": None,
 }
 _FIVE_HEADS = {"hidden_size": 20, "num_attention_heads": 5, "num_key_value_heads": 1, "v_head_dim": 8}
