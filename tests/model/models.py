@@ -12,20 +12,20 @@ from hymba_tune.model import HymbaConfig, HymbaForCausalLM
 
 VOCABULARY = 41
 # Two float64 computations of the same function in another order of sums.
-EXACT = {"rtol": 0.0, "atol": 1e-9}
+EXACT: dict[str, Any] = {"rtol": 0.0, "atol": 1e-9}
 
 # Short enough that a document of a dozen tokens crosses it several times.
 WINDOW = 3
 
-_COMMON = {
+_COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "intermediate_size": 12,
     "mamba_d_state": 4,
     "sliding_window": WINDOW,
     "rope_type": None,
 }
-_FIVE_HEADS = {"hidden_size": 20, "num_attention_heads": 5, "num_key_value_heads": 1, "v_head_dim": 8}
-_FOUR_HEADS = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "v_head_dim": 8}
+_FIVE_HEADS: dict[str, Any] = {"hidden_size": 20, "num_attention_heads": 5, "num_key_value_heads": 1, "v_head_dim": 8}
+_FOUR_HEADS: dict[str, Any] = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "v_head_dim": 8}
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "odd_heads_ntk": {
@@ -112,6 +112,13 @@ def random_documents(lengths: list[int], seed: int = 0) -> list[Tensor]:
 def logits_alone(model: HymbaForCausalLM, document: Tensor) -> Tensor:
     """(L, V) logits of a document (L,) in a batch of its own."""
     return model(document[None], use_cache=False).logits[0]
+
+
+def generate(model: HymbaForCausalLM, ids: Tensor | None = None, **options: Any) -> Any:
+    """`model.generate` without an end-of-sequence token: the tokens (B, L + new), or what `options` ask to return."""
+    inputs = {} if ids is None else {"input_ids": ids}
+    call: Any = model.generate
+    return call(**inputs, **{"eos_token_id": None, "pad_token_id": 0, "do_sample": False, **options})
 
 
 def gradients(model: HymbaForCausalLM, loss: Tensor) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ def official(data_dir: Path) -> dict[str, Any]:
     return json.loads((data_dir / "hymba-1.5b" / "config.json").read_text())
 
 
-def test_the_official_file_as_keyword_arguments_gives_the_real_configuration(official: dict[str, Any]):
+def test_the_official_file_as_keyword_arguments_gives_the_real_configuration(official: dict[str, Any]) -> None:
     config = HymbaConfig(**official)
     keys = {field.name for field in dataclasses.fields(HymbaConfig)} & set(official) - {"transformers_version"}
     assert len(keys) > 40
@@ -34,14 +34,14 @@ def test_the_official_file_as_keyword_arguments_gives_the_real_configuration(off
     assert config.rope_base() == pytest.approx(10000 * 7 ** (64 / 62))
 
 
-def test_remote_code_and_backends_of_the_official_file_are_dropped(official: dict[str, Any]):
+def test_remote_code_and_backends_of_the_official_file_are_dropped(official: dict[str, Any]) -> None:
     for config in (HymbaConfig(**official), HymbaConfig.from_dict(official)):
         written = config.to_dict()
         assert not {"auto_map", "attn_implementation", "attn_implementation_new"} & set(written)
         assert written["model_type"] == "hymba"
 
 
-def test_a_configuration_survives_a_round_trip_through_its_file(tmp_path: Path):
+def test_a_configuration_survives_a_round_trip_through_its_file(tmp_path: Path) -> None:
     config = tiny_config("attention_and_ssm_only_layers")
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
@@ -50,7 +50,7 @@ def test_a_configuration_survives_a_round_trip_through_its_file(tmp_path: Path):
 
 
 @pytest.mark.parametrize("changes", [{}, {"mamba_dt_rank": "auto"}, {"layer_type": None}, {"kv_reuse_group": None}])
-def test_building_a_model_writes_nothing_into_its_configuration(changes: dict[str, Any]):
+def test_building_a_model_writes_nothing_into_its_configuration(changes: dict[str, Any]) -> None:
     config = HymbaConfig(**{**tiny_config().to_dict(), "dtype": None, **changes})
     before = copy.deepcopy(config.to_dict())
     model = HymbaForCausalLM(config)
@@ -58,7 +58,7 @@ def test_building_a_model_writes_nothing_into_its_configuration(changes: dict[st
     assert {**model.config.to_dict(), "dtype": None} == {**before, "dtype": None}
 
 
-def test_left_out_lists_mean_hybrid_windowed_layers_that_share_nothing():
+def test_left_out_lists_mean_hybrid_windowed_layers_that_share_nothing() -> None:
     config = HymbaConfig(num_hidden_layers=3)
     assert config.layer_type == ["h", "h", "h"]
     assert [config.window(i) for i in range(3)] == [1024] * 3
@@ -66,7 +66,7 @@ def test_left_out_lists_mean_hybrid_windowed_layers_that_share_nothing():
     assert config.mamba_dt_rank == 100
 
 
-def test_a_producer_keeps_every_position_that_a_consumer_may_see():
+def test_a_producer_keeps_every_position_that_a_consumer_may_see() -> None:
     config = tiny_config("groups_of_global_and_windowed")
     assert [config.window(i) for i in range(4)] == [3, None, None, 3]
     assert [config.cache_window(i) for i in (0, 2)] == [None, None]
@@ -100,12 +100,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=BAD)
-def test_a_bad_configuration_is_refused_with_key_value_and_remedy(changes: dict[str, Any], message: str):
+def test_a_bad_configuration_is_refused_with_key_value_and_remedy(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_config(**changes)
 
 
 @pytest.mark.parametrize(("key", "value"), [("num_hidden_layers", "five"), ("hidden_size", 20.5), ("rope", "yes")])
-def test_a_value_of_another_type_is_refused_with_key_and_value(key: str, value: Any):
+def test_a_value_of_another_type_is_refused_with_key_and_value(key: str, value: Any) -> None:
     with pytest.raises(StrictDataclassFieldValidationError, match=rf"'{key}'(.|\n)*{value}"):
         tiny_config(**{key: value})

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +18,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hymba_tune.model import HymbaCache, HymbaForCausalLM, load_model
+from tests.model.models import generate
 
 # The official code itself moves by 4.6e-5 (logits, states) and 1.4e-5 of the largest element (gradients) between
 # float32 and float64.
-LOGITS = {"rtol": 0.0, "atol": 3e-4}
+LOGITS: dict[str, Any] = {"rtol": 0.0, "atol": 3e-4}
 GRADIENT_OF_LARGEST = 1e-4
-LOSS = {"rtol": 0.0, "atol": 2e-6}
+LOSS: dict[str, Any] = {"rtol": 0.0, "atol": 2e-6}
 LENGTHS = (5, 16, 17, 40, 100)
 PROMPTS = ("gen30", "genshort")
 BRANCHES = {"attn": "pre_avg_layernorm1", "ssm": "pre_avg_layernorm2"}
@@ -150,12 +152,11 @@ def check_generation(oracle: Oracle) -> set[str]:
     for prompt, use_cache in (("gen30", True), ("genshort", True), ("genshort", False)):
         tokens, logits = (oracle.array(f"{prompt}_official_nocache_{what}") for what in ("tokens", "logits"))
         checked |= {f"{prompt}_prompt", f"{prompt}_official_nocache_tokens", f"{prompt}_official_nocache_logits"}
-        ours = oracle.model.generate(
+        ours = generate(
+            oracle.model,
             oracle.array(f"{prompt}_prompt"),
             max_new_tokens=len(logits),
-            do_sample=False,
             use_cache=use_cache,
-            eos_token_id=None,
             output_logits=True,
             return_dict_in_generate=True,
         )
@@ -207,17 +208,17 @@ CHECKS: list[Callable[[Oracle], set[str]]] = [
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
-def test_our_arrays_equal_the_official_ones(oracle: Oracle, check: Callable[[Oracle], set[str]]):
+def test_our_arrays_equal_the_official_ones(oracle: Oracle, check: Callable[[Oracle], set[str]]) -> None:
     assert oracle.passes(check) <= oracle.names()
 
 
-def test_every_official_array_is_checked_but_the_cached_generations(oracle: Oracle):
+def test_every_official_array_is_checked_but_the_cached_generations(oracle: Oracle) -> None:
     checked = set().union(*(oracle.passes(check) for check in CHECKS))
     left = {f"{prompt}_official_cached_{what}" for prompt in PROMPTS for what in ("tokens", "logits")}
     assert oracle.names() - checked == left
 
 
-def test_the_official_cached_generation_differs_from_ours_as_documented(oracle: Oracle):
+def test_the_official_cached_generation_differs_from_ours_as_documented(oracle: Oracle) -> None:
     """It is the official no-cache one until a token falls out of the shorter window, and then another one."""
     window = oracle.model.config.sliding_window
     for prompt in PROMPTS:
@@ -245,14 +246,14 @@ def official_gradients(oracle: Oracle) -> dict[str, Tensor]:
     return {f"grad.{name}": gradient for name, gradient in ours.items()} | rows
 
 
-def test_every_official_gradient_equals_ours(oracle: Oracle):
+def test_every_official_gradient_equals_ours(oracle: Oracle) -> None:
     ours = official_gradients(oracle)
     for name, official in load_file(oracle.folder / "grads.safetensors").items():
         worst = (ours[name] - official).abs().max() / official.abs().max()
         assert worst < GRADIENT_OF_LARGEST, f"{name}: {worst:.1e} of the largest element"
 
 
-def test_the_norm_of_every_parameters_gradient_equals_the_official_one(oracle: Oracle):
+def test_the_norm_of_every_parameters_gradient_equals_the_official_one(oracle: Oracle) -> None:
     ours = official_gradients(oracle)
     for norms in json.loads((oracle.folder / "grad_norms.json").read_text()).values():
         assert {name.removeprefix("grad.") for name in ours if name.startswith("grad.")} == set(norms)

@@ -110,7 +110,7 @@ def weighted(logits: list[Tensor]) -> Tensor:
     return sum(((piece * weight).sum() for piece, weight in zip(logits, weights, strict=True)), torch.zeros(()))
 
 
-def test_trl_gives_the_fields_that_these_tests_pack_by():
+def test_trl_gives_the_fields_that_these_tests_pack_by() -> None:
     names = set(packed_by()(random_documents(LENGTHS)).inputs)
     lengths = {f"{what}_{side}" for what in ("cu_seq_lens", "max_length") for side in "qk"}
     assert names == {"input_ids", "position_ids", "seq_idx", *lengths}
@@ -118,7 +118,7 @@ def test_trl_gives_the_fields_that_these_tests_pack_by():
 
 def test_every_layout_gives_each_document_the_logits_and_gradients_it_gets_alone(
     model: HymbaForCausalLM, alone: tuple[list[Tensor], dict[str, Tensor]], arrange: Arrangement
-):
+) -> None:
     layout = arrange(random_documents(LENGTHS))
     logits = layout.pieces(model(**layout.inputs).logits)
     expected_logits, expected_gradients = alone
@@ -127,7 +127,7 @@ def test_every_layout_gives_each_document_the_logits_and_gradients_it_gets_alone
 
 
 @torch.no_grad()
-def test_changing_one_document_leaves_the_others_bit_equal(model: HymbaForCausalLM, arrange: Arrangement):
+def test_changing_one_document_leaves_the_others_bit_equal(model: HymbaForCausalLM, arrange: Arrangement) -> None:
     documents = random_documents(LENGTHS)
     others = random_documents(LENGTHS, seed=1)
     layout = arrange(documents)
@@ -140,7 +140,7 @@ def test_changing_one_document_leaves_the_others_bit_equal(model: HymbaForCausal
 
 
 @torch.no_grad()
-def test_padding_comes_back_as_zeros_whatever_stands_in_it(model: HymbaForCausalLM):
+def test_padding_comes_back_as_zeros_whatever_stands_in_it(model: HymbaForCausalLM) -> None:
     layout = padded("both")(random_documents(LENGTHS))
     padding = layout.inputs["attention_mask"] == 0
     outputs = model.model(**layout.inputs, output_hidden_states=True)
@@ -152,7 +152,7 @@ def test_padding_comes_back_as_zeros_whatever_stands_in_it(model: HymbaForCausal
 
 
 @torch.no_grad()
-def test_a_row_of_padding_alone_changes_nothing(model: HymbaForCausalLM):
+def test_a_row_of_padding_alone_changes_nothing(model: HymbaForCausalLM) -> None:
     layout = padded("left")(random_documents(LENGTHS))
     layout.inputs["attention_mask"][2] = 0
     logits = model(**layout.inputs).logits
@@ -163,13 +163,13 @@ def test_a_row_of_padding_alone_changes_nothing(model: HymbaForCausalLM):
 
 
 @torch.no_grad()
-def test_a_batch_of_padding_alone_gives_zeros(model: HymbaForCausalLM):
+def test_a_batch_of_padding_alone_gives_zeros(model: HymbaForCausalLM) -> None:
     ids = random_ids(2, 3)
     hidden = model.model(ids, attention_mask=torch.zeros_like(ids)).last_hidden_state
     assert torch.equal(hidden, torch.zeros_like(hidden))
 
 
-def test_isolation_would_be_seen_to_break():
+def test_isolation_would_be_seen_to_break() -> None:
     """The same documents without marks do leak into each other: the proofs above can fail."""
     model = random_model(tiny_config())
     documents = random_documents(LENGTHS)

@@ -17,7 +17,7 @@ def lengths(stream: Stream) -> list[int]:
     return stream.cu_seqlens.diff().tolist()
 
 
-def test_a_padded_batch_lies_end_to_end_with_the_meta_tokens_once_in_front():
+def test_a_padded_batch_lies_end_to_end_with_the_meta_tokens_once_in_front() -> None:
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1], [1, 0, 0, 0]])
     stream = packed_to_stream((3, 4), 2, mask)
     assert stream.cu_seqlens.tolist() == [0, 3, 7, 8]
@@ -37,18 +37,18 @@ def test_a_padded_batch_lies_end_to_end_with_the_meta_tokens_once_in_front():
     ],
     ids=lambda marks: next(iter(marks)),
 )
-def test_each_packing_field_marks_the_same_documents(marks: dict[str, Tensor]):
+def test_each_packing_field_marks_the_same_documents(marks: dict[str, Any]) -> None:
     stream = packed_to_stream((1, 6), 1, **marks)
     assert lengths(stream) == [2, 1, 3]
     assert stream.rope_ids.tolist() == [0, 1, 2, 1, 1, 2, 3]
 
 
-def test_a_row_always_starts_a_document():
+def test_a_row_always_starts_a_document() -> None:
     assert lengths(packed_to_stream((2, 3), 1, seq_idx=torch.zeros(2, 3))) == [3, 3]
     assert lengths(packed_to_stream((2, 3), 1, position_ids=torch.arange(6).reshape(2, 3))) == [3, 3]
 
 
-def test_an_attention_mask_alone_decides_what_is_padding_and_position_ids_then_mark_no_documents():
+def test_an_attention_mask_alone_decides_what_is_padding_and_position_ids_then_mark_no_documents() -> None:
     ids, mask = torch.tensor([[0, 1, 2, 0, 1, 9]]), torch.tensor([[1, 1, 1, 1, 1, 0]])
     stream = packed_to_stream((1, 6), 1, mask, ids)
     assert lengths(stream) == [5]
@@ -85,12 +85,12 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("inputs", "message"), CONTRADICTIONS.values(), ids=CONTRADICTIONS)
-def test_inputs_that_contradict_each_other_are_refused(inputs: dict[str, Any], message: str):
+def test_inputs_that_contradict_each_other_are_refused(inputs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         random_model(tiny_config())(random_ids(1, 4), **inputs)
 
 
-def test_a_document_across_two_rows_is_refused():
+def test_a_document_across_two_rows_is_refused() -> None:
     with pytest.raises(ValueError, match="crosses from one row of the batch to the next"):
         packed_to_stream((2, 2), 1, cu_seq_lens_q=torch.tensor([0, 3, 4]))
 
@@ -104,12 +104,12 @@ def test_a_document_across_two_rows_is_refused():
     ],
     ids=lambda packing: next(iter(packing)),
 )
-def test_packed_documents_are_not_cached(packing: dict[str, Tensor]):
+def test_packed_documents_are_not_cached(packing: dict[str, Tensor]) -> None:
     with pytest.raises(ValueError, match="packed documents can't fill a cache: pass use_cache=False"):
         random_model(tiny_config())(random_ids(1, 4), use_cache=True, **packing)
 
 
-def test_a_mask_that_denies_what_the_cache_holds_is_refused():
+def test_a_mask_that_denies_what_the_cache_holds_is_refused() -> None:
     model, cache = random_model(tiny_config()), HymbaCache(tiny_config())
     model(random_ids(2, 4), past_key_values=cache)
     mask = torch.ones(2, 5)
@@ -120,7 +120,7 @@ def test_a_mask_that_denies_what_the_cache_holds_is_refused():
         model(random_ids(3, 1), past_key_values=cache)
 
 
-def test_ids_and_embeddings_together_or_neither_are_refused():
+def test_ids_and_embeddings_together_or_neither_are_refused() -> None:
     model = random_model(tiny_config())
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         model()
@@ -128,7 +128,7 @@ def test_ids_and_embeddings_together_or_neither_are_refused():
         model(random_ids(1, 2), inputs_embeds=torch.zeros(1, 2, 20))
 
 
-def test_meta_tokens_lie_before_a_first_call_only():
+def test_meta_tokens_lie_before_a_first_call_only() -> None:
     first = rows_to_stream((2, 3), 4, None, None, None)
     assert first.rope_ids.tolist() == [0, 1, 2, 3, 4, 5, 6, 4, 5, 6]
     then = rows_to_stream((2, 2), 4, torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 0, 1]]), None, torch.tensor([3, 2]), 3)
@@ -137,7 +137,7 @@ def test_meta_tokens_lie_before_a_first_call_only():
 
 
 @torch.no_grad()
-def test_position_ids_of_the_caller_are_honoured():
+def test_position_ids_of_the_caller_are_honoured() -> None:
     model, ids = random_model(tiny_config()), random_ids(2, 9)
     default = model(ids).logits
     for given in (torch.arange(9)[None], torch.arange(9).expand(2, 9)):
@@ -148,7 +148,7 @@ def test_position_ids_of_the_caller_are_honoured():
 
 
 @torch.no_grad()
-def test_only_distances_between_positions_matter_where_there_are_no_meta_tokens():
+def test_only_distances_between_positions_matter_where_there_are_no_meta_tokens() -> None:
     model, ids = random_model(tiny_config("no_meta_tokens")), random_ids(2, 9)
     shifted = model(ids, position_ids=torch.arange(9)[None] + 5).logits
     torch.testing.assert_close(shifted, model(ids).logits, **EXACT)
@@ -156,7 +156,7 @@ def test_only_distances_between_positions_matter_where_there_are_no_meta_tokens(
 
 @pytest.mark.parametrize("stride", [1, 10])
 @pytest.mark.parametrize("layer", [0, 1], ids=["windowed", "global"])
-def test_a_query_sees_itself_and_window_earlier_tokens_whatever_their_position_ids(layer: int, stride: int):
+def test_a_query_sees_itself_and_window_earlier_tokens_whatever_their_position_ids(layer: int, stride: int) -> None:
     """One attention layer, the other one an SSM whose output is cut off: the derivative shows what reaches a token."""
     types = ["a", "m"] if layer == 0 else ["m", "a"]
     config = tiny_config(num_hidden_layers=2, layer_type=types, global_attn_idx=[1], kv_reuse_group=[])
@@ -170,7 +170,7 @@ def test_a_query_sees_itself_and_window_earlier_tokens_whatever_their_position_i
         assert seen == list(range(0 if layer else max(0, query - WINDOW), query + 1))
 
 
-def test_every_token_sees_every_meta_token_and_meta_tokens_see_no_document():
+def test_every_token_sees_every_meta_token_and_meta_tokens_see_no_document() -> None:
     config = tiny_config(num_hidden_layers=1, layer_type=["a"], global_attn_idx=[], kv_reuse_group=[])
     model = random_model(config)
     hidden = model.model(random_ids(1, 12)).last_hidden_state
