@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a bug of ours, 2 something the user can fix, 130 stopped w
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -93,6 +94,39 @@ def plan(recipe: RecipeFile, overrides: Overrides = None, tiny: Tiny = False) ->
     from hymba_tune.recipe import load_recipe
 
     show(make_plan(load_recipe(recipe, overrides or (), tiny)))
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A checkpoint, adapter or run folder, hub id, or tiny.")
+    ],
+    tasks: Annotated[list[str], typer.Argument(metavar="TASK", help="As in eval.suites: gsm8k tiny_math")],
+    limit: Annotated[int | None, typer.Option(min=1, help="The first so many items of each task.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder with benchmark files, where there is no hub.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the results go (runs/eval/MODEL).")] = None,
+) -> None:
+    """Score weights on benchmarks, outside a run. Answers already given are not asked for again."""
+    from hymba_tune.evaluate import evaluate
+
+    folder = out or Path("runs/eval") / Path(model).name
+    evaluate(model, tasks, folder, limit=limit, data=data, max_new_tokens=max_new_tokens)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories, finished or not.")],
+) -> None:
+    """Write the report of runs anew, from their files."""
+    from hymba_tune.report.render import write_report
+    from hymba_tune.run_dir import RunDir
+
+    for run in runs:
+        if not RunDir(run).recipe.exists():
+            raise UserError(f"{run}: holds no run (no recipe.yaml); give a run directory, as in runs/sft1")
+    for run in runs:
+        print(write_report(run))
 
 
 @app.command()

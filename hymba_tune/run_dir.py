@@ -5,7 +5,7 @@
     environment.json            code, packages, machine and command of the last start
     state.json                  what is finished, with fingerprints
     data.json                   sources, counts and fingerprint of the data
-    rows/                       the tokenised, packed rows (Arrow)
+    rows/, validation-rows/     the tokenised, packed rows (Arrow)
     initial/                    the random weights that a `from: scratch` run starts from
     metrics.jsonl               one line a logging step
     checkpoints/checkpoint-N/   what an interrupted run goes on from
@@ -45,6 +45,7 @@ class RunDir:
         self.state = self.path / "state.json"
         self.data = self.path / "data.json"
         self.rows = self.path / "rows"
+        self.validation_rows = self.path / "validation-rows"
         self.initial = self.path / "initial"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"

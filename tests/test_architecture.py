@@ -31,6 +31,7 @@ ARROWS: dict[str, set[str]] = {
     "training": {"recipe", "run_dir", "data", "model"},
     "evaluation": {"recipe", "run_dir", "data", "model"},
     "report": {"run_dir"},
+    "evaluate": {"run_dir", "data", "model", "tiny", "evaluation"},
 }
 SEES_ALL = {"cli", "pipeline", "stage"}
 
