@@ -34,7 +34,7 @@ def test_help_lists_the_commands_and_loads_nothing_heavy():
         "assert not heavy, heavy"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    for command in ("run", "plan", "doctor"):
+    for command in ("run", "plan", "eval", "report", "doctor"):
         assert command in shown
 
 
@@ -63,6 +63,13 @@ def test_wrong_usage_is_code_2(arguments, recipe):
     done = hymba_tune(*arguments, cwd=recipe)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+def test_a_report_of_something_else_is_refused(recipe):
+    done = hymba_tune("report", ".", cwd=recipe)
+    assert done.returncode == 2
+    assert "holds no run (no recipe.yaml); give a run directory" in done.stderr
+    assert not (recipe / "report.md").exists()
 
 
 def test_a_bug_of_ours_is_code_1_without_a_traceback(monkeypatch, capsys, recipe):
