@@ -234,7 +234,7 @@ def _parsed(line: bytes) -> Row | BadRow:
     except UnicodeDecodeError as error:
         return BadRow(f"not UTF-8 text (byte {error.start} of the line)")
     except json.JSONDecodeError as error:
-        return BadRow(f"not valid JSON ({error.msg}, character {error.pos} of the line)")
+        return BadRow(f"not valid JSON ({error.msg}, column {error.colno})")
     return row if isinstance(row, dict) else BadRow("not a JSON object")
 
 

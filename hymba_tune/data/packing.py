@@ -1,0 +1,234 @@
+"""Conversations -> rows of at most `max_length` tokens, whole documents side by side, with exact labels.
+
+    documents in mix order   AAAAA  BBB  CCCCCCCCC  DD  EEEE  F          max_length 8, too_long: drop (C)
+    packing: bfd             AAAAABBB   DDEEEEF                          best fit, longest first
+    packing: none            AAAAA   BBB   DD   EEEE   F
+
+    row AAAAABBB:   input_ids     a0 a1 a2 a3 a4 b0 b1 b2
+                    labels         .  .  . a3 a4  .  . b2                . is -100: no loss
+                    seq_lengths   [5, 3]                                 where documents end
+
+These are the columns that TRL's SFTTrainer takes with `skip_prepare_dataset`; with `padding_free` its collator makes
+position_ids, seq_idx and cu_seq_lens from seq_lengths. A document is never split over rows.
+
+Best fit decreasing: the longest document first, each into the fullest row that still has room for it (Ding et al. 2024,
+arXiv 2404.10830). Documents stand in mix order within a row, rows in the order of their first document.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets.arrow_writer import ArrowWriter
+from transformers import PreTrainedTokenizerFast
+
+from hymba_tune.data.chat import encode_conversation
+from hymba_tune.errors import UserError
+
+IGNORED = -100
+"""The label of a token without loss, as torch's cross-entropy and TRL have it."""
+
+ROWS_A_BATCH = 256
+
+_TOKENS = datasets.List(datasets.Value("int32"))
+_ROW = datasets.Features({"input_ids": _TOKENS, "labels": _TOKENS, "seq_lengths": _TOKENS})
+_DOCUMENT = datasets.Features(
+    {
+        "input_ids": _TOKENS,
+        "labels": _TOKENS,
+        "length": datasets.Value("int32"),
+        "supervised": datasets.Value("int32"),
+        "source": datasets.Value("string"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """What of one source is in the rows."""
+
+    documents: int
+    tokens: int
+    supervised_tokens: int
+
+
+@dataclass(frozen=True)
+class PackingCounts:
+    """What became of the documents, and how full the rows are. `longest` is the longest document before any cut."""
+
+    max_length: int
+    rows: int
+    documents: int
+    tokens: int
+    supervised_tokens: int
+    dropped_too_long: int
+    dropped_unsupervised: int
+    truncated: int
+    longest: int
+    sources: dict[str, TokenCounts]
+
+    @property
+    def fill(self) -> float:
+        """The share of the rows' room that holds tokens."""
+        return self.tokens / (self.rows * self.max_length)
+
+
+def build_rows(
+    dataset: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerFast,
+    max_length: int,
+    packing: Literal["bfd", "none"] = "bfd",
+    too_long: Literal["drop", "truncate"] = "drop",
+    *,
+    folder: Path,
+    workers: int = 1,
+) -> tuple[datasets.Dataset, PackingCounts]:
+    """Encode the `conversation` column and pack the documents; the rows are written to `folder`, whole or not at all.
+
+    too_long: a document of more than `max_length` tokens is dropped, or cut at the end; one that has no token with loss
+    left is dropped. All are counted. Raises UserError if nothing is left.
+    """
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    documents = dataset.map(
+        _encode,
+        batched=True,
+        batch_size=100,
+        fn_kwargs={"tokenizer": tokenizer, "max_length": max_length, "too_long": too_long},
+        remove_columns=dataset.column_names,
+        features=_DOCUMENT,
+        num_proc=workers if workers > 1 else None,
+        cache_file_name=str(unfinished / "documents.arrow"),
+        new_fingerprint="documents",
+        desc="Encoding",
+    )
+    lengths = _list_lengths(documents)
+    kept = np.flatnonzero(lengths)
+    if not len(kept):
+        raise UserError(
+            f"data.max_length: {max_length}: none of {len(lengths)} conversations fits a row; raise it, or set "
+            "data.too_long: truncate"
+        )
+    rows = best_fit_decreasing(lengths[kept], max_length) if packing == "bfd" else [[i] for i in range(len(kept))]
+    _write_rows(documents, [kept[row] for row in rows], unfinished / "rows.arrow")
+    counts = _count(documents, lengths, max_length, too_long, len(rows))
+    (unfinished / "counts.json").write_text(json.dumps(asdict(counts)))
+    del documents
+    for file in unfinished.glob("documents*.arrow"):
+        file.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+    return load_rows(folder)
+
+
+def load_rows(folder: Path) -> tuple[datasets.Dataset, PackingCounts]:
+    """What build_rows wrote, memory-mapped."""
+    counts = json.loads((folder / "counts.json").read_text())
+    sources = {name: TokenCounts(**part) for name, part in counts.pop("sources").items()}
+    return datasets.Dataset.from_file(str(folder / "rows.arrow")), PackingCounts(**counts, sources=sources)
+
+
+def best_fit_decreasing(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
+    """Documents (by number) of each row. O(n log n): one bit a free space says whether a row has exactly that much."""
+    lengths = np.asarray(lengths)
+    rows: list[list[int]] = []
+    rows_with_space: list[list[int]] = [[] for _ in range(capacity + 1)]
+    spaces = 0
+    for document in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[document])
+        fitting = spaces >> length
+        if fitting:
+            space = length + (fitting & -fitting).bit_length() - 1
+            row = rows_with_space[space].pop()
+            spaces ^= (not rows_with_space[space]) << space
+        else:
+            space, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(document)
+        if space > length:
+            rows_with_space[space - length].append(row)
+            spaces |= 1 << (space - length)
+    return sorted(sorted(row) for row in rows)
+
+
+def _encode(
+    batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerFast, max_length: int, too_long: str
+) -> dict[str, list[Any]]:
+    """Documents of one batch; a dropped one is empty, and `length` still says how long it was."""
+    documents: dict[str, list[Any]] = {name: [] for name in _DOCUMENT}
+    for text, source in zip(batch["conversation"], batch["source"], strict=True):
+        conversation = json.loads(text)
+        document = encode_conversation(tokenizer, conversation["messages"], conversation.get("tools"))
+        ids = np.asarray(document.input_ids, dtype=np.int32)
+        labels = np.where(np.asarray(document.loss_mask, dtype=bool), ids, IGNORED)[:max_length]
+        keep = len(ids) <= max_length or too_long == "truncate"
+        supervised = int((labels != IGNORED).sum()) if keep else 0
+        room = max_length if supervised else 0
+        values = (ids[:room], labels[:room].astype(np.int32), len(ids), supervised, source)
+        for column, value in zip(documents.values(), values, strict=True):
+            column.append(value)
+    return documents
+
+
+def _list_lengths(documents: datasets.Dataset) -> np.ndarray:
+    return pc.list_value_length(documents.data.column("input_ids")).to_numpy()
+
+
+def _write_rows(documents: datasets.Dataset, rows: list[np.ndarray], path: Path) -> None:
+    arrow = documents.with_format("arrow")
+    with ArrowWriter(path=str(path), features=_ROW) as writer:
+        for start in range(0, len(rows), ROWS_A_BATCH):
+            writer.write_table(_joined(arrow, rows[start : start + ROWS_A_BATCH]))
+        writer.finalize()
+
+
+def _joined(documents: datasets.Dataset, rows: list[np.ndarray]) -> pa.Table:
+    """One batch of rows: the documents gathered, and list offsets moved from documents' ends to rows' ends."""
+    table = documents[np.concatenate(rows)]
+    lengths = pc.list_value_length(table["input_ids"]).to_numpy()
+    documents_end = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+    tokens_end = np.concatenate([[0], np.cumsum(lengths)])[documents_end].astype(np.int32)
+    columns = {
+        name: pa.ListArray.from_arrays(tokens_end, table[name].combine_chunks().flatten())
+        for name in ("input_ids", "labels")
+    }
+    columns["seq_lengths"] = pa.ListArray.from_arrays(documents_end, pa.array(lengths, pa.int32()))
+    return pa.table(columns)
+
+
+def _count(
+    documents: datasets.Dataset, lengths: np.ndarray, max_length: int, too_long: str, rows: int
+) -> PackingCounts:
+    full = documents.data.column("length").to_numpy()
+    supervised = documents.data.column("supervised").to_numpy()
+    kept, over = lengths > 0, full > max_length
+    dropped_too_long = over & ~kept if too_long == "drop" else np.zeros_like(kept)
+    return PackingCounts(
+        max_length=max_length,
+        rows=rows,
+        documents=int(kept.sum()),
+        tokens=int(lengths.sum()),
+        supervised_tokens=int(supervised.sum()),
+        dropped_too_long=int(dropped_too_long.sum()),
+        dropped_unsupervised=int((~kept & ~dropped_too_long).sum()),
+        truncated=int((over & kept).sum()),
+        longest=int(full.max()),
+        sources=dict(_count_sources(documents.data.column("source"), lengths, supervised)),
+    )
+
+
+def _count_sources(
+    source: pa.ChunkedArray, lengths: np.ndarray, supervised: np.ndarray
+) -> Iterator[tuple[str, TokenCounts]]:
+    codes = source.dictionary_encode().combine_chunks()
+    for code, name in enumerate(codes.dictionary.to_pylist()):
+        mine = codes.indices.to_numpy() == code
+        yield name, TokenCounts(int((lengths[mine] > 0).sum()), int(lengths[mine].sum()), int(supervised[mine].sum()))
