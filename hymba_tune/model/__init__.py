@@ -23,14 +23,22 @@ def load_model(
     """A Hymba checkpoint from a folder or a hub id: safetensors only, no remote code.
 
     Raises:
-        UserError: nothing usable there, or another model.
+        UserError: nothing usable there, another model, or weights that do not fit the configuration.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, use_safetensors=True)
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            str(path), dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
+        )
     except (OSError, ValueError, StrictDataclassError) as error:
         raise UserError(f"model {path}: {' '.join(str(error).split())}; give a Hymba folder or hub id") from error
     if not isinstance(model, HymbaForCausalLM):
         raise UserError(f"model {path}: a {type(model).__name__}, not a Hymba; give a Hymba folder or hub id")
+    for what in ("missing", "unexpected", "mismatched"):
+        if names := sorted(str(name) for name in loaded[f"{what}_keys"]):
+            raise UserError(
+                f"model {path}: {len(names)} {what} weights, the first is {names[0]}; "
+                "give the config.json that belongs to these weights"
+            )
     # The published generation_config switches the cache off, because it was wrong there.
     model.generation_config.use_cache = True
     return model.to(device)  # type: ignore[arg-type]

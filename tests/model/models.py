@@ -117,8 +117,8 @@ def logits_alone(model: HymbaForCausalLM, document: Tensor) -> Tensor:
 def generate(model: HymbaForCausalLM, ids: Tensor | None = None, **options: Any) -> Any:
     """`model.generate` without an end-of-sequence token: the tokens (B, L + new), or what `options` ask to return."""
     inputs = {} if ids is None else {"input_ids": ids}
-    call: Any = model.generate
-    return call(**inputs, **{"eos_token_id": None, "pad_token_id": 0, "do_sample": False, **options})
+    untyped: Any = model
+    return untyped.generate(**inputs, **{"eos_token_id": None, "pad_token_id": 0, "do_sample": False, **options})
 
 
 def gradients(model: HymbaForCausalLM, loss: Tensor) -> dict[str, Tensor]:
