@@ -1,6 +1,7 @@
 """Native Hymba. Importing this registers `hymba` with transformers' Auto classes, so no remote code is ever needed."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -25,8 +26,9 @@ def load_model(
     Raises:
         UserError: nothing usable there, another model, or weights that do not fit the configuration.
     """
+    from_pretrained: Any = AutoModelForCausalLM.from_pretrained
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        model, loaded = from_pretrained(
             str(path), dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
         )
     except (OSError, ValueError, StrictDataclassError) as error:
