@@ -24,6 +24,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -32,6 +33,9 @@ from hymba_tune.errors import UserError
 from hymba_tune.provenance import provenance
 
 Moment = Literal["before", "after"]
+
+# A data loader's workers look every 5 seconds whether their run is still there.
+LEFTOVER_SECONDS = 10.0
 
 
 class RunDir:
@@ -66,11 +70,8 @@ class RunDir:
         The lock dies with the process, however it ends. Raises UserError if another run holds it.
         """
         _make_folder(self.path)
-        with self.lock.open("a+", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(f"{self.path}: {_holder(file)}; wait for it, or set another output.dir") from None
+        with _open_lock(self.lock) as file:
+            _take_lock(file, self.path)
             file.truncate(0)
             json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
             file.flush()
@@ -121,16 +122,42 @@ def _make_folder(path: Path) -> None:
         raise UserError(f"output.dir: {path} cannot be made ({error.strerror}); set another output.dir") from None
 
 
-def _holder(file: IO[str]) -> str:
+def _open_lock(path: Path) -> IO[str]:
+    try:
+        return path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"output.dir: {path} cannot be written ({error.strerror}); set another output.dir") from None
+
+
+def _take_lock(file: IO[str], path: Path) -> None:
+    """Lock the file or raise UserError. A killed run's last workers get some seconds to notice and leave."""
+    patience = time.monotonic() + LEFTOVER_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError:
+            holder = _holder(file)
+        if isinstance(holder, str):
+            raise UserError(f"{path}: in use by {holder}; wait for it, or set another output.dir")
+        if time.monotonic() > patience:
+            raise UserError(
+                f"{path}: process {holder} is gone, but one that it started still holds the directory; "
+                f"end it (`fuser {file.name}` shows it)"
+            )
+        time.sleep(0.1)
+
+
+def _holder(file: IO[str]) -> str | int:
+    """Who holds the lock, in words; only its process id if that process is gone from this machine."""
     file.seek(0)
     try:
         holder = json.loads(file.read())
         pid, host = int(holder["pid"]), str(holder["host"])
     except (ValueError, KeyError, TypeError):
-        return "in use by another run"
-    if host == socket.gethostname() and not Path(f"/proc/{pid}").exists():
-        return f"process {pid} is gone, but one that it started still holds the directory (see `fuser {file.name}`)"
-    return f"in use by process {pid} on {host}"
+        return "another run"
+    gone = host == socket.gethostname() and not Path(f"/proc/{pid}").exists()
+    return pid if gone else f"process {pid} on {host}"
 
 
 def _sync_folder(path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hymba_tune import run_dir
 from hymba_tune.errors import UserError
 from hymba_tune.run_dir import RunDir, provenance
 
@@ -19,6 +20,19 @@ from hymba_tune.run_dir import RunDir
 with RunDir(sys.argv[1]).locked():
     print("locked", flush=True)
     time.sleep(60)
+"""
+
+# Forks a worker that lives on for so many seconds, prints its process id and dies without a word.
+LEAVER = """
+import os, sys, time
+from hymba_tune.run_dir import RunDir
+with RunDir(sys.argv[1]).locked():
+    worker = os.fork()
+    if worker:
+        print(worker, flush=True)
+    else:
+        time.sleep(float(sys.argv[2]))
+    os._exit(0)
 """
 
 
@@ -52,11 +66,9 @@ def test_a_killed_run_leaves_the_directory_free(tmp_path, holder):
         assert json.loads(run.lock.read_text())["pid"] == os.getpid()
 
 
-def test_a_process_left_over_is_told_apart_from_a_live_run(tmp_path):
-    script = HOLDER.replace("import sys, time", "import os, sys, time").replace(
-        'print("locked", flush=True)', "child = os.fork()\n    if child: print(child, flush=True); os._exit(0)"
-    )
-    command = [sys.executable, "-c", script, str(tmp_path / "run")]
+def test_a_process_left_over_is_told_apart_from_a_live_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_dir, "LEFTOVER_SECONDS", 0.2)
+    command = [sys.executable, "-c", LEAVER, str(tmp_path / "run"), "60"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
@@ -66,6 +78,16 @@ def test_a_process_left_over_is_told_apart_from_a_live_run(tmp_path):
                 RunDir(tmp_path / "run").locked().__enter__()
         finally:
             os.kill(child, signal.SIGKILL)
+
+
+def test_workers_of_a_killed_run_are_waited_for(tmp_path):
+    command = [sys.executable, "-c", LEAVER, str(tmp_path / "run"), "0.5"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        parent.stdout.readline()
+        parent.wait()
+        with RunDir(tmp_path / "run").locked() as run:
+            assert run.path.exists()
 
 
 def test_the_lock_is_free_again_after_the_run(tmp_path):
