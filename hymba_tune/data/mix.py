@@ -42,7 +42,6 @@ class Mix(BaseModel):
     """A mix file, checked: its files exist, formats and generators are known, amounts don't contradict each other.
 
     drop_duplicates: a conversation that is byte for byte in an earlier place (or source) is left out and counted
-    validation:      so many conversations are held out of all sources together, in proportion to their sizes
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -50,7 +49,6 @@ class Mix(BaseModel):
     sources: dict[str, Source] = Field(min_length=1)
     on_bad_row: Literal["error", "skip"] = "error"
     drop_duplicates: bool = False
-    validation: int = Field(default=0, ge=0)
     _places: dict[str, str] = PrivateAttr(default_factory=dict)
 
     def place(self, name: str) -> str:
@@ -106,7 +104,7 @@ def mix_fingerprint(mix: Mix) -> str:
         name: [fingerprint(source, mix.skips(name), seed=0), source.take, source.weight, source.share]
         for name, source in mix.sources.items()
     }
-    return hashlib.sha256(json.dumps([list(parts.items()), mix.drop_duplicates, mix.validation]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([list(parts.items()), mix.drop_duplicates]).encode()).hexdigest()
 
 
 def realise_mix(
@@ -120,7 +118,8 @@ def realise_mix(
 ) -> tuple[datasets.Dataset, list[SourceCount]]:
     """The conversations of a split, shuffled: columns `conversation` (JSON text) and `source`; and a count a source.
 
-    `validation` conversations are held out (None: as the mix says); no training conversation equals one of them.
+    `validation` conversations are held out of all sources together, in proportion to their sizes; no training
+    conversation equals one of them.
     `limit` keeps the first so many of the split. `cache_dir` holds the converted sources (None: in datasets' cache).
     """
     folder = cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "hymba_tune"
@@ -129,7 +128,7 @@ def realise_mix(
     keys: np.ndarray = rows.data.column("key").to_numpy()
     distinct = _distinct(mix, _numbered(converted), keys)
     pools = {name: _shuffled(ids, seed, name)[: mix.sources[name].take] for name, ids in distinct.items()}
-    pools, held = _hold_out(pools, keys, mix.validation if validation is None else validation)
+    pools, held = _hold_out(pools, keys, validation or 0)
     chosen = held if split == "validation" else _amounts(mix, pools)
     ids = _shuffled(np.concatenate(list(chosen.values())), seed, split)[:limit]
     return rows.select(ids).remove_columns("key"), _counts(mix, converted, distinct, held, ids)

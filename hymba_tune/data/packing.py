@@ -16,6 +16,7 @@ arXiv 2404.10830). Documents stand in mix order within a row, rows in the order 
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -36,6 +37,8 @@ IGNORED = -100
 """The label of a token without loss, as torch's cross-entropy and TRL have it."""
 
 ROWS_A_BATCH = 256
+CONVERSATIONS_A_WORKER = 5000
+"""Fewer are encoded faster than another process starts."""
 
 _TOKENS = datasets.List(datasets.Value("int32"))
 _ROW = datasets.Features({"input_ids": _TOKENS, "labels": _TOKENS, "seq_lengths": _TOKENS})
@@ -88,25 +91,27 @@ def build_rows(
     too_long: Literal["drop", "truncate"] = "drop",
     *,
     folder: Path,
-    workers: int = 1,
+    workers: int | None = None,
 ) -> tuple[datasets.Dataset, PackingCounts]:
     """Encode the `conversation` column and pack the documents; the rows are written to `folder`, whole or not at all.
 
     too_long: a document of more than `max_length` tokens is dropped, or cut at the end; one that has no token with loss
-    left is dropped. All are counted. Raises UserError if nothing is left.
+    left is dropped. All are counted. Raises UserError if nothing is left. workers: processes that encode (None: up to
+    one a core, as far as there is work for them); the rows are the same with any number.
     """
+    workers = workers or min(len(os.sched_getaffinity(0)), 1 + len(dataset) // CONVERSATIONS_A_WORKER)
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     documents = dataset.map(
         _encode,
+        fn_kwargs={"tokenizer": tokenizer, "max_length": max_length, "too_long": too_long},
+        features=_DOCUMENT,
+        cache_file_name=str(unfinished / "documents.arrow"),
+        num_proc=workers if workers > 1 else None,
+        remove_columns=dataset.column_names,
         batched=True,
         batch_size=100,
-        fn_kwargs={"tokenizer": tokenizer, "max_length": max_length, "too_long": too_long},
-        remove_columns=dataset.column_names,
-        features=_DOCUMENT,
-        num_proc=workers if workers > 1 else None,
-        cache_file_name=str(unfinished / "documents.arrow"),
         new_fingerprint="documents",
         desc="Encoding",
     )

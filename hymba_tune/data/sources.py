@@ -230,7 +230,7 @@ def _line_rows(path: Path) -> Iterator[Placed]:
 
 def _parsed(line: bytes) -> Row | BadRow:
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = json.loads(line.rstrip().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         return BadRow(f"not UTF-8 text (byte {error.start} of the line)")
     except json.JSONDecodeError as error:

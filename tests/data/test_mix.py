@@ -88,16 +88,15 @@ def test_the_order_is_the_seeds_and_no_other_thing(realised):
 
 def test_validation_is_held_out_of_each_source_and_shares_nothing(realised, tmp_path):
     write_lines(tmp_path / "a.jsonl", [row(number % 50, "a") for number in range(100)])
-    mix = sources(a=A, b=f"{B}, weight: 3") + "validation: 14\n"
-    train, counts = realised(mix)
-    held, held_counts = realised(mix, split="validation")
+    mix = sources(a=A, b=f"{B}, weight: 3")
+    train, counts = realised(mix, validation=14)
+    held, held_counts = realised(mix, split="validation", validation=14)
     assert len(held) == 14
     assert (counts["a"].validation, counts["b"].validation) == (10, 4)
     assert (held_counts["a"].conversations, held_counts["b"].conversations) == (10, 4)
     assert not set(train) & set(held)
     assert counts["b"].conversations == 3 * 36
-    assert len(realised(mix, split="validation", validation=3)[0]) == 3
-    assert realised(mix, validation=0)[1]["a"].conversations == 100
+    assert realised(mix)[1]["a"].conversations == 100
     with pytest.raises(UserError, match="validation: 140 of 140 conversations leave none"):
         realised(mix, validation=140)
 
@@ -136,7 +135,7 @@ def test_a_filter_keeps_matching_rows(realised, tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"question": "x", ', r"a\.jsonl:2: not valid JSON \(.*column 20\)"),
+        ('{"question": "x", ', r"a\.jsonl:2: not valid JSON \(.*column 18\)"),
         ("[1, 2]", r"a\.jsonl:2: not a JSON object"),
         ('{"question": "x"}', r"a\.jsonl:2: map: no column 'answer' \(columns: question\)"),
         ('{"question": "x", "answer": ""}', r"a\.jsonl:2: message 2: the assistant says nothing"),
