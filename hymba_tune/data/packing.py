@@ -18,8 +18,9 @@ arXiv 2404.10830). Documents stand in mix order within a row, rows in the order 
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,38 +100,29 @@ def build_rows(
     left is dropped. All are counted. Raises UserError if nothing is left. workers: processes that encode (None: up to
     one a core, as far as there is work for them); the rows are the same with any number.
     """
-    workers = workers or min(len(os.sched_getaffinity(0)), 1 + len(dataset) // CONVERSATIONS_A_WORKER)
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    documents = dataset.map(
-        _encode,
-        fn_kwargs={"tokenizer": tokenizer, "max_length": max_length, "too_long": too_long},
-        features=_DOCUMENT,
-        cache_file_name=str(unfinished / "documents.arrow"),
-        num_proc=workers if workers > 1 else None,
-        remove_columns=dataset.column_names,
-        batched=True,
-        batch_size=100,
-        new_fingerprint="documents",
-        desc="Encoding",
-    )
-    lengths = _list_lengths(documents)
-    kept = np.flatnonzero(lengths)
-    if not len(kept):
-        raise UserError(
-            f"data.max_length: {max_length}: none of {len(lengths)} conversations fits a row; raise it, or set "
-            "data.too_long: truncate"
-        )
-    rows = best_fit_decreasing(lengths[kept], max_length) if packing == "bfd" else [[i] for i in range(len(kept))]
-    _write_rows(documents, [kept[row] for row in rows], unfinished / "rows.arrow")
-    counts = _count(documents, lengths, max_length, too_long, len(rows))
-    (unfinished / "counts.json").write_text(json.dumps(asdict(counts)))
-    del documents
-    for file in unfinished.glob("documents*.arrow"):
-        file.unlink()
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
+    finished = unfinished / "rows"
+    finished.mkdir(parents=True)
+    try:
+        workers = workers or min(len(os.sched_getaffinity(0)), 1 + len(dataset) // CONVERSATIONS_A_WORKER)
+        encode = partial(_encode, tokenizer=tokenizer, max_length=max_length, too_long=too_long)
+        documents = _documents(dataset, encode, unfinished / "documents.arrow", workers)
+        lengths = _list_lengths(documents)
+        kept = np.flatnonzero(lengths)
+        if not len(kept):
+            raise UserError(
+                f"data.max_length: {max_length}: none of {len(lengths)} conversations fits a row; raise it, or set "
+                "data.too_long: truncate"
+            )
+        rows = best_fit_decreasing(lengths[kept], max_length) if packing == "bfd" else [[i] for i in range(len(kept))]
+        _write_rows(documents, [kept[row] for row in rows], finished / "rows.arrow")
+        counts = _count(documents, lengths, max_length, too_long, len(rows))
+        (finished / "counts.json").write_text(json.dumps(asdict(counts)))
+        shutil.rmtree(folder, ignore_errors=True)
+        finished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     return load_rows(folder)
 
 
@@ -162,6 +154,22 @@ def best_fit_decreasing(lengths: Sequence[int] | np.ndarray, capacity: int) -> l
             rows_with_space[space - length].append(row)
             spaces |= 1 << (space - length)
     return sorted(sorted(row) for row in rows)
+
+
+def _documents(
+    dataset: datasets.Dataset, encode: Callable[..., dict[str, list[Any]]], file: Path, workers: int
+) -> datasets.Dataset:
+    return dataset.map(
+        encode,
+        batched=True,
+        batch_size=100,
+        remove_columns=dataset.column_names,
+        features=_DOCUMENT,
+        num_proc=workers if workers > 1 else None,
+        cache_file_name=str(file),
+        new_fingerprint="documents",
+        desc="Encoding",
+    )
 
 
 def _encode(
