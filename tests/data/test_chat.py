@@ -133,6 +133,7 @@ def test_the_loss_falls_on_exactly_these_tokens(real_tokenizer):
 
 @pytest.mark.parametrize(("messages", "tools"), [(TOOL_CHAT, TOOLS), (TOOL_CHAT[1:], None), (TOOL_CHAT[:6], TOOLS)])
 def test_template_alone_and_encoder_agree_on_ids_and_masks(tokenizer, messages, tools):
+    """These calls are also how TRL tokenises `messages` with assistant_only_loss."""
     document = encode_conversation(tokenizer, messages, tools)
     alone = tokenizer.apply_chat_template(messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True)
     assert document.input_ids == alone["input_ids"]
