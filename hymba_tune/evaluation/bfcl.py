@@ -15,10 +15,10 @@ Metrics: each category's accuracy (`simple` is Python's), and
   parallel, parallel_multiple and irrelevance, and live relevance.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
+from hymba_tune.evaluation.averages import mean_of_metrics
 from hymba_tune.evaluation.bfcl_ast import Fault, check, show
 from hymba_tune.evaluation.bfcl_decode import Call, Undecodable, decode, decode_tool_calls
 from hymba_tune.evaluation.bfcl_questions import (
@@ -44,6 +44,8 @@ MAX_NEW_TOKENS = 1000  # the leaderboard's max_tokens; its temperature 0.001 is 
 ACCURACY = "accuracy"
 """The score of one item: 1.0 or 0.0."""
 
+SHOWN_CALLS, SHOWN_CHARS = 20, 1_000
+"""How many decoded calls a result keeps, and how much of each; the answer itself is kept whole."""
 NOT_RUN = dict.fromkeys(
     ("exec_simple", "exec_multiple", "exec_parallel", "exec_parallel_multiple", "rest"),
     "runs the answer's calls against live services with API keys; answers are never run here",
@@ -76,12 +78,13 @@ def score(task: str, row: Row, answer: Any) -> Verdict:
     """The verdict on one answer, as the results keep it."""
     calls = decode_or_error(task, row, answer)
     fault = judge(row, calls)
-    found = None if isinstance(calls, Undecodable) else [_shown(call) for call in calls]
+    found = None if isinstance(calls, Undecodable) else [_shown(call) for call in calls[:SHOWN_CALLS]]
     return Verdict({ACCURACY: float(fault is None)}, found, f"{fault.error_type}: {fault.why}" if fault else "right")
 
 
 def _shown(call: Call) -> str:
-    return f"{call.name}({', '.join(f'{name}={show(value)}' for name, value in call.arguments.items())})"
+    text = f"{call.name}({', '.join(f'{name}={show(value)}' for name, value in call.arguments.items())})"
+    return text[:SHOWN_CHARS]
 
 
 def run_bfcl(task: str, engine: Engine, rows: Sequence[Row], limit: int | None) -> Scores:
@@ -130,10 +133,3 @@ def overall(by_category: dict[str, list[float]]) -> dict[str, Metric]:
         both = [mean_of_metrics([one[name], one[f"live_{name}"]]) for name in kinds]
         metrics["overall_ast"] = mean_of_metrics([*both, one["live_relevance"]])
     return metrics
-
-
-def mean_of_metrics(metrics: Sequence[Metric]) -> Metric:
-    """The plain mean of independent metrics; its standard error is exact: sqrt(sum of squares) / how many."""
-    errors = [metric.stderr for metric in metrics if metric.stderr is not None]
-    stderr = math.hypot(*errors) / len(metrics) if len(errors) == len(metrics) else None
-    return Metric(sum(metric.value for metric in metrics) / len(metrics), sum(metric.n for metric in metrics), stderr)

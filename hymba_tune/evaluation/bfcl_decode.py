@@ -9,7 +9,6 @@ Limits: `MAX_ANSWER_CHARS`, `MAX_BITS`, those of bfcl_source.py, and CPython's o
 import ast
 import json
 import operator
-import re
 import warnings
 from typing import Any, NamedTuple
 
@@ -21,7 +20,6 @@ MAX_BITS = 4_096  # of a power inside an argument: `9**9**9` must not hang
 FAILED = "ast_decoder:decoder_failed"
 WRONG_FORMAT = "ast_decoder:decoder_wrong_output_format"
 
-_TOOL_CALL = re.compile(r"<toolcall>(.*?)</toolcall>", re.DOTALL)
 _ARITHMETIC = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -72,7 +70,10 @@ def decode_tool_calls(answer: str) -> list[Call]:
     if len(answer) > MAX_ANSWER_CHARS:
         raise Undecodable(f"the answer has {len(answer)} characters, more than {MAX_ANSWER_CHARS}")
     calls = []
-    for block in _TOOL_CALL.findall(answer):
+    for piece in answer.split("<toolcall>")[1:]:
+        block, closed, _ = piece.partition("</toolcall>")
+        if not closed:
+            raise Undecodable("a <toolcall> without its end")
         call = _json(block)
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
             raise Undecodable("a tool call is not a JSON object with a name")
