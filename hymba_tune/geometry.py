@@ -163,16 +163,21 @@ def adapter_parameters(g: Geometry, kind: str, r: int, targets: Iterable[str]) -
     return count
 
 
-def activation_floats(g: Geometry, layer: int) -> int:
-    """Numbers that one token leaves in one layer for the backward pass, without gradient checkpointing.
+def activations(g: Geometry, layer: int) -> tuple[int, int]:
+    """Numbers that one token leaves in one layer for the backward pass: (always float32, in the compute dtype).
 
-    Inputs of both norms, of in_proj and of the MLP: 4 C. Attention: q, k, v, their rotated copies and its output. SSM:
-    x, conv output, gate, y and dt (float32: counted twice) at Dn, B, C and dt before its projection. Fusion: Dn a
-    branch and the mean. MLP: gate, silu(gate), up and their product: 4 I. What is recomputed (scan states, attention
-    probabilities, softmax) is not kept.
+    float32: input and normed input of both norms (4 C) and of the norm of each branch (2 Dn), dt after its projection
+    (Dn). Compute dtype: output of both norms (2 C); output of in_proj; q and k rotated, output of attention (H dv);
+    output of the conv, of x_proj and the mean of the branches; gate, silu(gate), up and their product in the MLP (4 I).
+    What is recomputed (scan states, attention probabilities) is not kept.
     """
-    letter = g.letters[layer]
-    attention = 0 if letter == "m" else 2 * g.attention_rows(layer) + g.heads * g.value_head_dim
-    ssm = 0 if letter == "a" else 6 * g.inner + g.rank + 2 * g.state
-    fusion = (3 if letter == "h" else 1) * g.mixer_width(layer)
-    return 4 * g.hidden + attention + ssm + fusion + 4 * g.mlp
+    letter, width = g.letters[layer], g.mixer_width(layer)
+    wide, narrow = 4 * g.hidden, 2 * g.hidden + width + 4 * g.mlp
+    if letter != "m":
+        made = g.kv_heads * g.head_dim if g.producers[layer] else 0
+        wide += 2 * width
+        narrow += g.attention_rows(layer) + g.heads * g.head_dim + made + g.heads * g.value_head_dim
+    if letter != "a":
+        wide += 3 * width
+        narrow += 3 * g.inner + g.rank + 2 * g.state
+    return wide, narrow

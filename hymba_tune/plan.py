@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hymba_tune.errors import UserError
-from hymba_tune.geometry import PUBLISHED, Geometry, activation_floats, adapter_parameters, parameters
+from hymba_tune.geometry import PUBLISHED, Geometry, activations, adapter_parameters, parameters
 from hymba_tune.provenance import gpus
 from hymba_tune.recipe import Recipe
 
@@ -175,29 +175,32 @@ def rows_a_step(recipe: Recipe) -> int:
 
 
 def memory_bytes(recipe: Recipe, geometry: Geometry, trained: int, on_gpu: bool) -> dict[str, int]:
-    """Bytes of one process in a training step.
+    """Bytes of one process in a training step, without what the allocator and the libraries add.
 
     weights: 4 a parameter (float32 masters), trained or frozen, adapter included
+    bfloat16 copies: 2 a parameter, where the compute dtype is bfloat16
     gradients: 4 a trained parameter
     optimizer: 8 a trained parameter (Adam's two moments; 2 with an 8-bit optimizer)
-    activations: tokens of the micro-batch x `activation_floats` over the layers x 2 bytes (bfloat16) or 4; with
-        gradient checkpointing each layer keeps its input (C) and K/V only, and one layer at a time is whole
+    activations: tokens of the micro-batch x geometry.activations over the layers, in their dtypes; with gradient
+        checkpointing the input of each layer (C, float32) and the K/V that consumers share, and one layer whole
     logits: 256 tokens x V x 4 bytes x 3
     """
     options = recipe.trainer_arguments
     total = sum(parameters(geometry).values()) + (trained if recipe.adapter else 0)
-    width = 2 if recipe.model.dtype == "bfloat16" or (recipe.model.dtype == "auto" and on_gpu) else 4
-    layers = [activation_floats(geometry, layer) for layer in range(len(geometry.letters))]
-    floats = sum(layers)
+    narrow_bytes = 2 if recipe.model.dtype == "bfloat16" or (recipe.model.dtype == "auto" and on_gpu) else 4
+    layers = [activations(geometry, layer) for layer in range(len(geometry.letters))]
+    bytes_of = [4 * wide + narrow_bytes * narrow for wide, narrow in layers]
+    a_token = sum(bytes_of)
     if options.get("gradient_checkpointing", True):
-        shared = geometry.kv_heads * (geometry.head_dim + geometry.value_head_dim)
-        floats = len(layers) * (geometry.hidden + shared) + max(layers)
+        shared = geometry.kv_heads * (geometry.head_dim + geometry.value_head_dim) * narrow_bytes
+        a_token = len(layers) * (4 * geometry.hidden + shared) + max(bytes_of)
     tokens = recipe.trainer.per_device_train_batch_size * recipe.data.max_length
     return {
         "weights": 4 * total,
+        "bfloat16 copies": 2 * total if narrow_bytes == 2 else 0,
         "gradients": 4 * trained,
         "optimizer": (2 if "8bit" in str(options.get("optim", "")) else 8) * trained,
-        "activations": width * tokens * floats,
+        "activations": tokens * a_token,
         "logits": 4 * LOGITS_CHUNK * geometry.vocab * LOGITS_COPIES,
     }
 
@@ -269,5 +272,5 @@ def _data_rows(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _memory_rows(memory: Mapping[str, int]) -> list[tuple[str, str]]:
-    rows = [(name, f"{count / GIB:8.2f} GiB") for name, count in memory.items()]
+    rows = [(name, f"{count / GIB:8.2f} GiB") for name, count in memory.items() if count]
     return [*rows, ("together", f"{sum(memory.values()) / GIB:8.2f} GiB")]

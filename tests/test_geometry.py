@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hymba_tune.errors import UserError
-from hymba_tune.geometry import DEFAULTS, PUBLISHED, Geometry, adapter_parameters, parameters
+from hymba_tune.geometry import DEFAULTS, PUBLISHED, Geometry, activations, adapter_parameters, parameters
 from hymba_tune.recipe import DORA_TARGETS
 
 SMALL = {
@@ -68,6 +68,47 @@ def test_counted_adapter_parameters_are_those_of_peft(config, kind):
     adapted = attach_adapter(_model(config, device="cpu"), kind, 4, 8, 0.0, targets)
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert adapter_parameters(Geometry.of(config), kind, 4, targets) == trained
+
+
+def test_activations_are_within_a_tenth_of_what_autograd_keeps(monkeypatch):
+    """Operations that keep their inputs and output only, as the fast backends do, stand in for the reference ones."""
+    import torch
+
+    from hymba_tune.model import ops
+
+    class Keep(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, like: torch.Tensor, *kept: torch.Tensor) -> torch.Tensor:
+            output = like.clone()
+            ctx.save_for_backward(output, *kept)
+            return output
+
+    def scan(x, dt, a, b, c, d, gate, cu_seqlens, state=None):
+        return Keep.apply(x, x, dt, b, c, gate), x.new_zeros(1, x.shape[1], a.shape[1])
+
+    monkeypatch.setattr(ops, "selective_scan", scan)
+    monkeypatch.setattr(ops, "causal_conv1d", lambda x, *_: (Keep.apply(x, x), x.new_zeros(1, x.shape[1], 4)))
+    monkeypatch.setattr(ops, "segment_attention", lambda q, k, v, *_, **__: Keep.apply(q.repeat(1, 1, 2), q, k, v))
+    config = {**SMALL, "hidden_size": 320, "intermediate_size": 1024, "v_head_dim": 128, "num_memory_tokens": 0}
+    tokens, model = 250, _model(config, device="cpu").train()
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tokens in tensor.shape:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    for dtype, width in ((None, 4), (torch.bfloat16, 2)):
+        kept.clear()
+        with (
+            torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None),
+        ):
+            output = model.model(input_ids=torch.zeros(1, tokens, dtype=torch.long))
+        layers = [activations(Geometry.of(config), layer) for layer in range(4)]
+        counted = tokens * sum(4 * wide + width * narrow for wide, narrow in layers)
+        assert counted == pytest.approx(sum(kept.values()), rel=0.1)
+        del output
 
 
 def test_an_adapter_on_no_linear_module_is_refused():
