@@ -10,7 +10,7 @@ from typing import Any
 
 from hymba_tune.data.benchmarks import benchmark_rows
 from hymba_tune.evaluation.engine import Engine
-from hymba_tune.evaluation.harness import Sample, read_task, run_task
+from hymba_tune.evaluation.harness import Sample, read_task, run_tasks
 from hymba_tune.evaluation.results import Scores, mean_metric
 
 PROTOCOLS = {
@@ -34,7 +34,8 @@ def gsm8k_splits(data: str | Path | None) -> Splits:
 def run_gsm8k(task: str, engine: Engine, splits: Splits, limit: int | None) -> Scores:
     """`gsm8k` or `gsm8k_upstream` on the first `limit` test rows (None: all)."""
     config = read_task(task) | {"process_results": process_results}
-    items = [_item(sample) for sample in run_task(engine, config, splits, limit)]
+    samples = run_tasks(engine, {task: (config, splits | {"test": splits["test"][:limit]})})[task]
+    items = [_item(sample) for sample in samples]
     return Scores({name: mean_metric([item["verdict"][name] for item in items]) for name in FILTERS}, items)
 
 

@@ -15,6 +15,9 @@ from hymba_tune.errors import UserError
 from hymba_tune.evaluation.cache import prompt_fingerprint
 from hymba_tune.evaluation.engine import Engine
 
+Splits = Mapping[str, Sequence[dict[str, Any]]]
+"""Rows by split name."""
+
 TASKS = Path(__file__).with_name("tasks")
 FEWSHOT_SEED = 1234
 """lm-eval's default: one generator draws the shots of all documents in order."""
@@ -33,7 +36,6 @@ class Sample:
     doc: dict[str, Any]
     prompt_sha256: str
     question: str
-    target: Any
     responses: list[Any]
     dropped_prompt_tokens: int = 0
     filtered: dict[str, Any] = field(default_factory=dict)
@@ -47,38 +49,42 @@ def read_task(name: str) -> dict[str, Any]:
     return read_task(base.removesuffix(".yaml")) | config if base else config
 
 
-def run_task(
-    engine: Engine, config: dict[str, Any], splits: Mapping[str, Sequence[dict[str, Any]]], limit: int | None
-) -> list[Sample]:
-    """The samples of the first `limit` documents (all: None), in order.
+def run_tasks(engine: Engine, tasks: Mapping[str, tuple[dict[str, Any], Splits]]) -> dict[str, list[Sample]]:
+    """The samples of every task, in the order of its documents; the requests of all tasks are batched together.
 
     Args:
-        config: an lm-eval task configuration; its data set is replaced by `splits`.
-        splits: rows by split name.
+        tasks: by name, an lm-eval task configuration and the rows that replace its data set.
 
     Raises LmEvalNotInstalled.
     """
     require_lm_eval()
-    from lm_eval.api.task import ConfigurableTask
     from lm_eval.evaluator import evaluate
 
     from hymba_tune.evaluation.lm import HymbaLM
 
     random.seed(GLOBAL_SEED)
     with _quiet():
-        task = ConfigurableTask(config=config | {"custom_dataset": lambda **_: _as_datasets(splits)})
-        task.set_fewshot_seed(FEWSHOT_SEED)
+        built = {name: _build(name, config, splits) for name, (config, splits) in tasks.items()}
         model = HymbaLM(engine)
-        name = config["task"]
         results = evaluate(
             model,
-            {"tasks": {name: task}},
-            limit=limit,
+            {"tasks": built},
             bootstrap_iters=0,
             apply_chat_template=engine.has_chat_template,
             fewshot_as_multiturn=engine.has_chat_template,
         )
-        return list(_samples(results["samples"][name], task, model))
+        return {name: list(_samples(results["samples"][name], task, model)) for name, task in built.items()}
+
+
+def _build(name: str, config: dict[str, Any], splits: Splits) -> Any:
+    """lm-eval's task; its rows are ours, its shots drawn from the start of its generator."""
+    import datasets
+    from lm_eval.api.task import ConfigurableTask
+
+    rows = datasets.DatasetDict({split: datasets.Dataset.from_list(list(rows)) for split, rows in splits.items()})
+    task = ConfigurableTask(config=config | {"task": name, "custom_dataset": lambda **_: rows})
+    task.set_fewshot_seed(FEWSHOT_SEED)
+    return task
 
 
 class LmEvalNotInstalled(UserError):
@@ -89,12 +95,6 @@ def require_lm_eval() -> None:
     """Raises LmEvalNotInstalled."""
     if importlib.util.find_spec("lm_eval") is None:
         raise LmEvalNotInstalled('lm-eval is not installed; this task needs it: pip install "hymba-tune[eval]"')
-
-
-def _as_datasets(splits: Mapping[str, Sequence[dict[str, Any]]]) -> Any:
-    import datasets
-
-    return datasets.DatasetDict({name: datasets.Dataset.from_list(list(rows)) for name, rows in splits.items()})
 
 
 @contextmanager
@@ -125,7 +125,6 @@ def _samples(logged: Sequence[dict[str, Any]], task: Any, model: Any) -> Iterato
                 doc=entry["doc"],
                 prompt_sha256=prompt_fingerprint(model.tok_encode(context)),
                 question=str(task.doc_to_text(entry["doc"])).strip(),
-                target=entry["target"],
                 responses=[response for responses in entry["resps"] for response in responses],
                 dropped_prompt_tokens=model.dropped_prompt_tokens.get(context, 0),
             ),

@@ -2,10 +2,12 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from hymba_tune.errors import UserError
 from hymba_tune.evaluation.engine import Engine
@@ -28,6 +30,7 @@ class HymbaLM(TemplateLM):
         self.dropped_prompt_tokens: dict[str, int] = {}
         """Prompts that did not fit the model, with the tokens each lost."""
         self._chats: dict[str, list[int]] = {}
+        self._encode = lru_cache(maxsize=8)(engine.encode_text)  # a question's choices come one after the other
 
     @property
     def eot_token_id(self) -> int:
@@ -60,10 +63,19 @@ class HymbaLM(TemplateLM):
         return self._chats.get(string) or self.engine.encode_text(string)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        if context not in self._chats:
-            return super()._encode_pair(context, continuation)
-        whole, alone = self.engine.encode_text(context + continuation), self.engine.encode_text(context)
-        return self._chats[context], whole[len(alone) :]
+        """lm-eval's rule (blanks at the end of the context belong to the continuation) on text.
+
+        A chat whose ids are not those of its text (a control token was typed in it) is scored after the chat's own ids.
+        """
+        alone = self._encode(context)
+        chat = self._chats.get(context, alone)
+        start = self._encode(context.rstrip()) if chat == alone else alone
+        rest = self.engine.encode_text(context + continuation)[len(start) :]
+        return (start if chat == alone else chat), rest
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """As TemplateLM's; the caller has its own progress bar."""
+        return super().loglikelihood(requests, disable_tqdm=True)
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Greedy answers; requests with the same stop strings are generated together."""
@@ -93,16 +105,19 @@ class HymbaLM(TemplateLM):
         return self.engine.loglikelihood([(context, continuation) for _, context, continuation in requests])
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows of the model's length that each predict every token once."""
+        """Log-likelihood of whole texts, in lm-eval's windows of the model's length that predict each token once."""
         windows: list[tuple[list[int], list[int]]] = []
         owner: list[int] = []
         for index, request in enumerate(requests):
-            ids = self.tok_encode(request.args[0])
-            for start in range(0, len(ids), self.engine.length):
-                piece = ids[start : start + self.engine.length]
-                before = ids[max(0, start + len(piece) - self.engine.length) : start]
-                windows.append((before or [self.prefix_token_id], piece))
-                owner.append(index)
+            pieces = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.engine.length,
+                context_len=1,
+            )
+            disjoint = [make_disjoint_window(piece) for piece in pieces]
+            windows += disjoint
+            owner += [index] * len(disjoint)
         totals = [0.0] * len(requests)
         for index, (logprob, _) in zip(owner, self.engine.loglikelihood(windows), strict=True):
             totals[index] += logprob

@@ -13,14 +13,19 @@ from typing import Any
 
 from hymba_tune.data.benchmarks import BenchmarkNotFound
 from hymba_tune.errors import UserError
-from hymba_tune.evaluation import embedded, gsm8k
+from hymba_tune.evaluation import embedded, gpqa, gsm8k, mmlu
 from hymba_tune.evaluation.cache import AnswerCache, text_fingerprint
 from hymba_tune.evaluation.engine import Engine
 from hymba_tune.evaluation.harness import LmEvalNotInstalled, require_lm_eval
+from hymba_tune.evaluation.multiple_choice import METRIC
 from hymba_tune.evaluation.results import Scores, finished_result, not_run_result, read_result, write_result
 
 TaskProgress = Callable[[str, int, int], None]
 """Called with (task, requests finished, requests in all)."""
+
+
+RowsReader = Callable[[str | Path | None], Any]
+Runner = Callable[[Engine, Any, int | None], Scores]
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,8 @@ class Task:
 
     protocol: str
     headline: str
-    rows: Callable[[str | Path | None], Any]
-    run: Callable[[Engine, Any, int | None], Scores]
+    rows: RowsReader
+    run: Runner
 
 
 def _embedded_task(name: str) -> Task:
@@ -47,16 +52,24 @@ def _embedded_task(name: str) -> Task:
     )
 
 
-def _gsm8k_task(name: str) -> Task:
-    def rows(data: str | Path | None) -> gsm8k.Splits:
+def _lm_eval_task(protocol: str, headline: str, rows: RowsReader, run: Runner) -> Task:
+    def checked(data: str | Path | None) -> Any:
         require_lm_eval()
-        return gsm8k.gsm8k_splits(data)
+        return rows(data)
 
-    return Task(gsm8k.PROTOCOLS[name], gsm8k.HEADLINE, rows, partial(gsm8k.run_gsm8k, name))
+    return Task(protocol, headline, checked, run)
 
 
 TASKS: dict[str, Task] = {
-    **{name: _gsm8k_task(name) for name in gsm8k.PROTOCOLS},
+    **{
+        name: _lm_eval_task(protocol, gsm8k.HEADLINE, gsm8k.gsm8k_splits, partial(gsm8k.run_gsm8k, name))
+        for name, protocol in gsm8k.PROTOCOLS.items()
+    },
+    **{
+        name: _lm_eval_task(protocol, METRIC, mmlu.mmlu_splits, partial(mmlu.run_mmlu, name))
+        for name, protocol in mmlu.PROTOCOLS.items()
+    },
+    "gpqa": _lm_eval_task(gpqa.PROTOCOL, METRIC, gpqa.gpqa_questions, gpqa.run_gpqa),
     **{name: _embedded_task(name) for name in embedded.TASKS},
 }
 
@@ -76,7 +89,7 @@ def run_suite(
     """The results of `tasks`, in order, also written to `out_dir`/TASK.json.
 
     Args:
-        limit: the first so many items of each task; None for all.
+        limit: the first so many items of each task (MMLU: of its subjects in turn); None for all.
         data: folder with benchmark files; None for HYMBA_TUNE_DATA, else the hub.
         batch_tokens: most tokens of a batch (it changes speed and memory, not answers).
         max_new_tokens: a cap on each task's own limit, for models that do not stop.
