@@ -82,15 +82,18 @@ def audit_gradients(model: nn.Module) -> None:
     """
     silent = [
         name
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-        and not any(p.grad is not None and bool(p.grad.any()) for p in module.parameters() if p.requires_grad)
+        for name, module in _adapted(model).items()
+        if not any(p.grad is not None and bool(p.grad.any()) for p in module.parameters() if p.requires_grad)
     ]
     if silent:
         raise UserError(
             f"adapter.targets: no gradient reached {_some(silent)}; the adapter there would never train: "
             "remove the target, or check that the data has supervised tokens"
         )
+
+
+def _adapted(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if issubclass(type(module), LoraLayer)}
 
 
 def _check_targets(model: HymbaForCausalLM, targets: Sequence[str]) -> None:
@@ -111,7 +114,7 @@ def _check_targets(model: HymbaForCausalLM, targets: Sequence[str]) -> None:
 
 
 def _check_attached(model: nn.Module, config: HymbaConfig, targets: Sequence[str]) -> None:
-    adapted = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    adapted = _adapted(model)
     for target in targets:
         layers = [i for i in range(config.num_hidden_layers) if target not in _SSM_TARGETS or config.has_ssm(i)]
         missing = [i for i in layers if not any(f".layers.{i}." in n and n.endswith("." + target) for n in adapted)]

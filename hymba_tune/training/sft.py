@@ -13,7 +13,7 @@ from hymba_tune.recipe import Recipe
 from hymba_tune.training.trainer import MeteredTrainer, common_arguments, run_training
 
 
-class HymbaSFTTrainer(MeteredTrainer, SFTTrainer):  # type: ignore[misc]  # TRL's classes are untyped
+class HymbaSFTTrainer(MeteredTrainer, SFTTrainer):
     """TRL's trainer, metered."""
 
 

@@ -1,0 +1,275 @@
+"""One stage of a recipe, from its data to its report, in steps that a second start skips.
+
+    data -> scores before -> training -> scores after -> report
+
+Every step reads files that the step before it wrote, so a stage that was cut anywhere goes on there. Nothing is written
+before the recipe, the data and the weights are known to be usable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+from rich.progress import Progress, TaskID
+
+from hymba_tune.errors import UserError
+from hymba_tune.recipe import Recipe
+from hymba_tune.run_dir import Moment, RunDir
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from hymba_tune.model import HymbaForCausalLM
+
+console = Console(stderr=True)
+
+
+def run_stage(recipe: Recipe, force: bool = False) -> RunDir:
+    """Run what is not finished yet of a stage, and return its directory.
+
+    Args:
+        force: start over where the directory holds another run.
+
+    Raises:
+        UserError: the recipe, its data or its weights can't be used, or the directory holds another run or is in use.
+    """
+    from hymba_tune.evaluation.suite import check_tasks
+    from hymba_tune.model import ops
+    from hymba_tune.model.precision import choose_matmul_precision
+    from hymba_tune.report.render import write_report
+
+    check_tasks(recipe.eval.suites)
+    run = RunDir(recipe.output.dir)
+    fresh = not run.path.exists()
+    with run.locked():
+        try:
+            state = _begin(run, recipe, force)
+            ops.use_backend(recipe.model.backend)
+            state["matmul_precision"] = choose_matmul_precision()
+            with _step(run, state, "data") as todo:
+                if todo:
+                    _prepare_data(recipe, run)
+        except UserError:
+            if fresh:
+                shutil.rmtree(run.path)
+            raise
+        with _step(run, state, "before") as todo:
+            if todo and recipe.eval.before:
+                _evaluate(recipe, run, "before")
+        with _step(run, state, "training") as todo:
+            if todo:
+                _train(recipe, run)
+        with _step(run, state, "after") as todo:
+            if todo and recipe.eval.after:
+                _evaluate(recipe, run, "after")
+        write_report(run.path)
+    console.print(f"[bold]{recipe.stage}[/]: {run.report}")
+    return run
+
+
+def _begin(run: RunDir, recipe: Recipe, force: bool) -> dict[str, Any]:
+    """The stage's state: fresh, or that of the same recipe cut or finished earlier."""
+    fingerprint = _fingerprint(recipe)
+    state: dict[str, Any] | None = run.read_json(run.state)
+    if state is not None and state["fingerprint"] != fingerprint:
+        if not force:
+            changed = ", ".join(_differences(state["recipe"], _trained_by(recipe))) or "the files it starts from"
+            raise UserError(
+                f"output.dir: {run.path} holds a run of another recipe (different: {changed}); "
+                "set another output.dir, or pass --force to start over"
+            )
+        for entry in run.path.iterdir():
+            if entry != run.lock:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        state = None
+    if state is None:
+        state = {"stage": recipe.stage, "fingerprint": fingerprint, "recipe": _trained_by(recipe), "finished": []}
+    run.write_text(run.recipe, recipe.to_yaml())
+    run.write_environment()
+    return state
+
+
+@contextmanager
+def _step(run: RunDir, state: dict[str, Any], name: str) -> Iterator[bool]:
+    """Whether the step is still to be done; when the block ends without an error it is recorded as finished."""
+    todo = name not in state["finished"]
+    if todo:
+        console.print(f"[bold]{state['stage']}[/]: {name}")
+    yield todo
+    if todo:
+        state["finished"].append(name)
+        run.write_json(run.state, state)
+
+
+def _trained_by(recipe: Recipe) -> dict[str, Any]:
+    """The sections that decide the trained weights."""
+    values = recipe.to_dict()
+    return {name: values[name] for name in ("stage", "method", "model", "data", "adapter", "trainer", "launch")}
+
+
+def _fingerprint(recipe: Recipe) -> str:
+    """sha256 over what decides the trained weights: settings, the mix's content, the weights to start from."""
+    from hymba_tune.data.mix import load_mix, mix_fingerprint
+
+    digest = hashlib.sha256(json.dumps(_trained_by(recipe), sort_keys=True).encode())
+    digest.update(mix_fingerprint(load_mix(recipe.data.mix)).encode())
+    for folder in _local_folders(recipe):
+        for file in sorted(folder.glob("*")):
+            if file.is_file() and file.suffix != ".md":
+                digest.update(file.name.encode())
+                with file.open("rb") as handle:
+                    digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _local_folders(recipe: Recipe) -> list[Path]:
+    names = [_weights(recipe), _tokenizer_name(recipe)]
+    folders = [Path(name) for name in names if name is not None]
+    return list(dict.fromkeys(folder for folder in folders if folder.is_dir()))
+
+
+def _weights(recipe: Recipe) -> str | None:
+    """The folder or hub id to start from, None for random weights."""
+    return None if recipe.model.source == "scratch" else _embedded(recipe.model.source)
+
+
+def _tokenizer_name(recipe: Recipe) -> str:
+    return _embedded(recipe.model.tokenizer or recipe.model.source)
+
+
+def _embedded(name: str) -> str:
+    """`tiny` as the folder it stands for."""
+    if name != "tiny":
+        return name
+    from hymba_tune.tiny import tiny_path
+
+    return str(tiny_path())
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of the values that differ."""
+    names = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            names += _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            names.append(f"{prefix}{key}")
+    return names
+
+
+def _prepare_data(recipe: Recipe, run: RunDir) -> None:
+    """Mix -> conversations -> documents -> rows, on disk, with their counts in data.json."""
+    from hymba_tune.data.chat import load_tokenizer
+    from hymba_tune.data.mix import load_mix, mix_fingerprint, realise_mix
+    from hymba_tune.data.packing import build_rows
+
+    tokenizer = load_tokenizer(_tokenizer_name(recipe))
+    mix, data = load_mix(recipe.data.mix), recipe.data
+    splits: list[tuple[Literal["train", "validation"], Path, int | None]] = [("train", run.rows, data.limit)]
+    if data.validation:
+        splits.append(("validation", run.validation_rows, None))
+    record: dict[str, Any] = {"mix": recipe.data.mix, "fingerprint": mix_fingerprint(mix)}
+    for split, folder, limit in splits:
+        conversations, sources = realise_mix(mix, data.seed, split, validation=data.validation, limit=limit)
+        _, counts = build_rows(conversations, tokenizer, data.max_length, data.packing, data.too_long, folder=folder)
+        per_source = {name: asdict(tokens) for name, tokens in counts.sources.items()}
+        table = [asdict(source) | per_source.get(source.source, {}) for source in sources]
+        totals = {name: value for name, value in asdict(counts).items() if name != "sources"}
+        record |= {"sources": table, **totals} if split == "train" else {"validation_rows": counts.rows}
+    run.write_json(run.data, record)
+
+
+def _start_model(recipe: Recipe, run: RunDir) -> HymbaForCausalLM:
+    """The weights that the stage starts from, float32: trainable masters whatever the compute dtype."""
+    from hymba_tune.model import HymbaConfig, HymbaForCausalLM, load_model
+
+    weights = _weights(recipe)
+    if weights is not None:
+        return load_model(weights)
+    if not run.initial.exists():
+        from transformers import set_seed
+
+        set_seed(recipe.data.seed)
+        _save_whole(HymbaForCausalLM(HymbaConfig(**(recipe.model.config or {}))), run.initial)
+    return load_model(run.initial)
+
+
+def _train(recipe: Recipe, run: RunDir) -> None:
+    from transformers import set_seed
+
+    from hymba_tune.data.chat import load_tokenizer
+    from hymba_tune.data.packing import load_rows
+    from hymba_tune.model.adapter import attach_adapter
+    from hymba_tune.training.sft import train_sft
+
+    tokenizer = load_tokenizer(_tokenizer_name(recipe))
+    rows, _ = load_rows(run.rows)
+    validation = load_rows(run.validation_rows)[0] if recipe.data.validation else None
+    model: Any = _start_model(recipe, run)
+    set_seed(recipe.data.seed)
+    adapter = recipe.adapter
+    if adapter is not None:
+        model = attach_adapter(model, adapter.type, adapter.r, adapter.alpha, adapter.dropout, adapter.targets)
+    trained = train_sft(recipe, model, tokenizer, rows, validation, run.metrics, run.checkpoints)
+    _save_whole(trained, run.adapter if adapter else run.model, tokenizer)
+    shutil.rmtree(run.checkpoints, ignore_errors=True)
+
+
+def _save_whole(model: Any, folder: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> None:
+    """save_pretrained that leaves the whole folder or nothing."""
+    draft = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(draft, ignore_errors=True)
+    model.save_pretrained(draft)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(draft)
+    shutil.rmtree(folder, ignore_errors=True)
+    draft.replace(folder)
+
+
+def _evaluate(recipe: Recipe, run: RunDir, moment: Moment) -> None:
+    """Score the start weights or the trained ones, read back from disk as a user would get them."""
+    from hymba_tune.data.chat import load_tokenizer
+    from hymba_tune.evaluation.suite import run_suite
+    from hymba_tune.model import load_model
+
+    settings = recipe.eval
+    if not settings.suites:
+        return
+    trained = moment == "after"
+    if trained and recipe.adapter is None:
+        model = load_model(run.model)
+    else:
+        model = _start_model(recipe, run)
+        if trained:
+            from hymba_tune.model.adapter import load_adapter, merge_adapter
+
+            model = merge_adapter(load_adapter(model, run.adapter))
+    folder = (run.adapter if recipe.adapter else run.model) if trained else _tokenizer_name(recipe)
+    with Progress(console=console, transient=True) as bar:
+        bars: dict[str, TaskID] = {}
+
+        def show(task: str, finished: int, total: int) -> None:
+            if task not in bars:
+                bars[task] = bar.add_task(f"{recipe.stage}: {task} {moment}", total=total)
+            bar.update(bars[task], completed=finished)
+
+        run_suite(
+            model.eval(),
+            load_tokenizer(folder),
+            settings.suites,
+            run.evaluation(moment),
+            limit=settings.limit,
+            data=settings.data,
+            batch_tokens=settings.batch_tokens,
+            max_new_tokens=settings.max_new_tokens,
+            progress=show,
+        )
