@@ -380,6 +380,8 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         self.model = HymbaModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+        # config.use_cache is about forwards, where a cache must be asked for; generation is to have one.
+        self.generation_config.use_cache = True
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens
