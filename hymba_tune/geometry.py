@@ -13,8 +13,7 @@ from typing import Any
 
 from hymba_tune.errors import UserError
 
-# HymbaConfig's defaults, for the keys that a config file may leave out; a test keeps them equal.
-DEFAULTS: dict[str, Any] = {
+CONFIG: dict[str, Any] = {
     "vocab_size": 32001,
     "hidden_size": 1600,
     "intermediate_size": 5504,
@@ -24,19 +23,63 @@ DEFAULTS: dict[str, Any] = {
     "attn_hidden_size": -1,
     "kq_head_dim": -1,
     "v_head_dim": 128,
+    "kq_norm": "none",
+    "attention_dropout": 0.0,
+    "sliding_window": 1024,
+    "global_attn_idx": None,
     "kv_reuse_group": None,
+    "kv_reuse_every_i_layer": -1,
+    "kv_weight_reuse": False,
     "layer_type": None,
     "num_memory_tokens": 128,
+    "memory_tokens_interspersed_every": 0,
     "mamba_expand": 2,
     "mamba_d_state": 16,
     "mamba_d_conv": 4,
     "mamba_dt_rank": "auto",
     "mamba_conv_bias": True,
+    "mamba_proj_bias": False,
+    "mamba_inner_layernorms": True,
+    "num_mamba": 1,
+    "num_experts": 1,
+    "num_experts_per_tok": 1,
+    "hidden_act": "silu",
+    "mlp_hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "rope": True,
+    "rope_theta": 10000.0,
+    "rope_type": "ntk",
+    "max_position_embeddings": 8192,
+    "orig_max_position_embeddings": 2048,
+    "seq_length": 8192,
+    "use_cache": False,
     "tie_word_embeddings": True,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
+"""HymbaConfig's keys and defaults (a test keeps them equal): what `model.config` may hold."""
+
+LEFTOVERS = {
+    "architectures",
+    "attn_implementation",
+    "attn_implementation_new",
+    "auto_map",
+    "calc_logits_for_entire_prompt",
+    "conv_dim",
+    "dtype",
+    "model_type",
+    "output_router_logits",
+    "router_aux_loss_coef",
+    "torch_dtype",
+    "transformers_version",
+    "use_mamba_kernels",
+}
+"""Keys of published and saved config.json files that say nothing about the model's function."""
 
 _PAIRS_1_5B = [[i, i + 1] for i in (1, 3, 5, 7, 9, 11, 13)] + [[16, 17, 18]] + [[i, i + 1] for i in range(19, 30, 2)]
-_CONFIG_1_5B = {**DEFAULTS, "kv_reuse_group": _PAIRS_1_5B}
+_CONFIG_1_5B = {**CONFIG, "kv_reuse_group": _PAIRS_1_5B}
 PUBLISHED = {"nvidia/Hymba-1.5B-Base": _CONFIG_1_5B, "nvidia/Hymba-1.5B-Instruct": _CONFIG_1_5B}
 """Configurations of published checkpoints, so that a plan needs no hub."""
 
@@ -65,7 +108,7 @@ class Geometry:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Geometry:
         """From config.json's keys; missing ones take HymbaConfig's defaults."""
-        c = {**DEFAULTS, **{key: value for key, value in config.items() if key in DEFAULTS}}
+        c = {**CONFIG, **config}
         count = c["num_hidden_layers"]
         width = c["attn_hidden_size"] if c["attn_hidden_size"] > 0 else c["hidden_size"]
         head_dim = c["kq_head_dim"] if c["kq_head_dim"] > 0 else width // c["num_attention_heads"]

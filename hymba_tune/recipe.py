@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from hymba_tune.errors import UserError
+from hymba_tune.geometry import CONFIG, LEFTOVERS
 from hymba_tune.layers import Origin, Settings, assignment, overlay, read_chain, section
 from hymba_tune.paths import expand, find, is_hub_id
 from hymba_tune.trainer_keys import fields as trainer_fields
@@ -179,12 +180,13 @@ def _merged(path: Path, tiny: bool) -> Settings:
 
 
 def _with_config_file(layer: Settings) -> Settings:
-    """`model.config: FILE` replaced by what the file holds, so that single keys can be laid over it."""
+    """`model.config: FILE` replaced by what the file says of the model, so that single keys can be laid over it."""
     model = layer.values.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("config"), str):
         return layer
     origin = layer.origin(("model", "config"))
     config, _ = read_yaml(_existing(model["config"], origin, "model.config"))  # JSON is YAML
+    config = {key: value for key, value in config.items() if key not in LEFTOVERS}
     return Settings({**layer.values, "model": {**model, "config": config}}, layer.origins)
 
 
@@ -257,6 +259,9 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[Location, str]]:
         yield ("model", "from"), "scratch needs model.tokenizer: a folder, a hub id or tiny"
     if model.source != "scratch" and model.config is not None:
         yield ("model", "config"), f"only for `from: scratch`, but from is {model.source}; set it to null"
+    for key in model.config or {}:
+        if key not in CONFIG:
+            yield ("model", "config", key), unknown_key(key, list(CONFIG), "a key of HymbaConfig")
     if recipe.method == "dpo" and recipe.data.packing != "none":
         yield ("data", "packing"), f"{recipe.data.packing}: preference pairs are not packed; set it to none"
     if launch.config == "single" and launch.processes != 1:

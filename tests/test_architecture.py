@@ -20,7 +20,7 @@ BASE = {"", "errors", "layers", "paths", "provenance", "trainer_keys", "yaml_rea
 # Parts of the package and what of ours they may import besides BASE and themselves.
 ARROWS: dict[str, set[str]] = {
     **{name: set() for name in BASE},
-    "recipe": set(),
+    "recipe": {"geometry"},
     "run_dir": set(),
     "geometry": set(),
     "data": set(),

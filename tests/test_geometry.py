@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hymba_tune.errors import UserError
-from hymba_tune.geometry import DEFAULTS, PUBLISHED, Geometry, activations, adapter_parameters, parameters
+from hymba_tune.geometry import CONFIG, LEFTOVERS, PUBLISHED, Geometry, activations, adapter_parameters, parameters
 from hymba_tune.recipe import DORA_TARGETS
 
 SMALL = {
@@ -48,11 +48,21 @@ def test_the_published_configuration_is_known_without_a_hub(data_dir):
     assert Geometry.of(PUBLISHED["nvidia/Hymba-1.5B-Base"]) == Geometry.of(config)
 
 
-def test_the_defaults_are_those_of_the_model_class():
+def test_the_keys_and_defaults_are_those_of_the_model_class():
     from hymba_tune.model import HymbaConfig
 
+    fields = {
+        name: getattr(HymbaConfig, name)
+        for name in HymbaConfig.__annotations__
+        if "ClassVar" not in str(HymbaConfig.__annotations__[name])
+    }
+    assert fields == CONFIG
     assert Geometry.of({}) == Geometry.of(HymbaConfig().to_dict())
-    assert set(DEFAULTS) <= set(HymbaConfig().to_dict())
+
+
+def test_the_real_config_file_holds_known_keys_only(data_dir):
+    config = json.loads((data_dir / "hymba-1.5b" / "config.json").read_text())
+    assert set(config) <= set(CONFIG) | LEFTOVERS
 
 
 def test_counted_parameters_are_those_of_the_model_class(config):
@@ -109,6 +119,12 @@ def test_activations_are_within_a_tenth_of_what_autograd_keeps(monkeypatch):
         counted = tokens * sum(4 * wide + width * narrow for wide, narrow in layers)
         assert counted == pytest.approx(sum(kept.values()), rel=0.1)
         del output
+
+
+def test_the_default_targets_are_those_of_the_model():
+    from hymba_tune.model.adapter import DEFAULT_TARGETS
+
+    assert DORA_TARGETS == DEFAULT_TARGETS == tuple(Geometry.of(SMALL).projections(0))
 
 
 def test_an_adapter_on_no_linear_module_is_refused():

@@ -187,6 +187,15 @@ def test_a_config_file_is_read_and_single_keys_lie_over_it(recipe_file):
     assert load_recipe(path, ["model.config.hidden_size=128"]).model.config == {"hidden_size": 128, "vocab_size": 97}
 
 
+def test_model_config_keys_are_checked_and_leftovers_of_a_config_file_dropped(recipe_file):
+    Path("recipes/config.json").write_text(json.dumps({"hidden_size": 64, "auto_map": {}, "architectures": ["x"]}))
+    path = recipe_file(MINIMAL.replace("from: tiny", "from: scratch\n  config: config.json\n  tokenizer: tiny"))
+    assert load_recipe(path).model.config == {"hidden_size": 64}
+    assert refusal(path, "model.config.hiden_size=1") == (
+        "command line: model.config.hiden_size: unknown key; did you mean hidden_size?"
+    )
+
+
 def test_weights_are_a_folder_a_hub_id_or_a_word(recipe_file):
     path = recipe_file(MINIMAL)
     Path("weights").mkdir()
