@@ -22,6 +22,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from hymba_tune.model import ops
 from hymba_tune.model.cache import HymbaCache
@@ -273,6 +274,7 @@ class HymbaModel(HymbaPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embed_tokens = value
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -307,6 +309,8 @@ class HymbaModel(HymbaPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
+        if kwargs.get("output_attentions"):
+            raise ValueError("output_attentions=True: attention weights are never formed as a whole; leave it out")
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         wants_cache = use_cache if use_cache is not None else self.config.use_cache
         cache = past_key_values
@@ -395,6 +399,7 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head = new_embeddings
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
