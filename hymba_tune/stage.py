@@ -41,19 +41,18 @@ def run_stage(recipe: Recipe, force: bool = False) -> RunDir:
     Raises:
         UserError: the recipe, its data or its weights can't be used, or the directory holds another run or is in use.
     """
-    from hymba_tune.evaluation.suite import check_tasks
+    from hymba_tune.evaluation.catalogue import task_names
     from hymba_tune.model import ops
-    from hymba_tune.model.precision import choose_matmul_precision
     from hymba_tune.report.render import write_report
 
-    check_tasks(recipe.eval.suites)
+    task_names(recipe.eval.suites)
     run = RunDir(recipe.output.dir)
     fresh = not run.path.exists()
     with run.locked():
         try:
             state = _begin(run, recipe, force)
             ops.use_backend(recipe.model.backend)
-            state["matmul_precision"] = choose_matmul_precision()
+            _fix_numerics(state)
             with _step(run, state, "data") as todo:
                 if todo:
                     _prepare_data(recipe, run)
@@ -95,6 +94,18 @@ def _begin(run: RunDir, recipe: Recipe, force: bool) -> dict[str, Any]:
     run.write_text(run.recipe, recipe.to_yaml())
     run.write_environment()
     return state
+
+
+def _fix_numerics(state: dict[str, Any]) -> None:
+    """Compute as the run began: threads and the precision of products decide the last bits of every sum."""
+    import torch
+
+    from hymba_tune.model.precision import choose_matmul_precision
+
+    began = {"matmul_precision": choose_matmul_precision(), "threads": torch.get_num_threads()}
+    numerics = state.setdefault("numerics", began)
+    torch.set_float32_matmul_precision(numerics["matmul_precision"])
+    torch.set_num_threads(numerics["threads"])
 
 
 @contextmanager
