@@ -14,7 +14,8 @@ from rich.table import Table
 
 from hymba_tune.data.chat import load_tokenizer
 from hymba_tune.errors import UserError
-from hymba_tune.evaluation.suite import check_tasks, run_suite
+from hymba_tune.evaluation.catalogue import task_names
+from hymba_tune.evaluation.suite import run_suite
 from hymba_tune.model import load_model
 from hymba_tune.model.adapter import load_adapter, merge_adapter
 from hymba_tune.run_dir import RunDir
@@ -28,12 +29,12 @@ def evaluate(
 
     Raises UserError for unknown tasks or unusable weights; nothing is written then.
     """
-    check_tasks(tasks)
+    names = task_names(tasks)
     folder = weights_folder(name)
     tokenizer = load_tokenizer(folder)
     model = _load(folder)
     with Progress(transient=True) as progress:
-        bars = {task: progress.add_task(task, total=None) for task in tasks}
+        bars = {task: progress.add_task(task, total=None) for task in names}
         results = run_suite(
             model,
             tokenizer,

@@ -1,0 +1,75 @@
+"""Scoring outside a run: which weights a name means, and that scores come out."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hymba_tune.errors import UserError
+from hymba_tune.run_dir import RunDir
+
+CONFIG: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "v_head_dim": 32,
+    "num_memory_tokens": 1,
+    "mamba_d_state": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Path:
+    """A checkpoint with random weights and the real tokenizer."""
+    from hymba_tune.model import HymbaConfig, HymbaForCausalLM
+
+    folder = tmp_path_factory.mktemp("weights")
+    HymbaForCausalLM(HymbaConfig(**CONFIG)).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copyfile(data_dir / "hymba-1.5b" / name, folder / name)
+    return folder
+
+
+def test_scores_are_printed_and_written(weights, tmp_path, capsys):
+    from hymba_tune.evaluate import evaluate
+
+    evaluate(str(weights), ["tiny_math"], tmp_path / "out", limit=2, data=None, max_new_tokens=2)
+    result = json.loads((tmp_path / "out" / "tiny_math.json").read_text())
+    metric, score = next(iter(result["metrics"].items()))
+    shown = capsys.readouterr().out
+    assert score["n"] == 2
+    assert "tiny_math" in shown
+    assert metric in shown
+
+
+def test_an_adapter_is_folded_into_its_base(weights, tmp_path):
+    import torch
+
+    from hymba_tune.evaluate import _load
+    from hymba_tune.model import load_model
+    from hymba_tune.model.adapter import attach_adapter
+
+    adapted = attach_adapter(load_model(weights), r=2)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    adapted.save_pretrained(tmp_path)
+    ids = torch.arange(5)[None]
+    assert torch.allclose(_load(str(tmp_path))(ids).logits, adapted.eval()(ids).logits, atol=1e-5)
+
+
+def test_a_run_stands_for_what_it_trained(tmp_path):
+    from hymba_tune.evaluate import weights_folder
+
+    run = RunDir(tmp_path / "run")
+    run.write_text(run.recipe, "")
+    with pytest.raises(UserError, match="has no weights yet"):
+        weights_folder(str(run.path))
+    run.model.mkdir()
+    assert weights_folder(str(run.path)) == str(run.model)
+    assert weights_folder("someone/model") == "someone/model"
