@@ -85,7 +85,7 @@ def test_the_token_id_of_padding_is_an_ordinary_token(tiny: HymbaForCausalLM) ->
         before = tiny(ids).logits
         tiny.config.pad_token_id = int(ids[0, 2])
         assert torch.equal(tiny(ids).logits, before)
-        tiny.get_input_embeddings().weight[0] += 1
+        tiny.get_parameter("model.embed_tokens.weight")[0] += 1
         assert not torch.equal(tiny(ids).logits[0, 3], before[0, 3])
 
 
