@@ -1,7 +1,13 @@
-"""Batched log-likelihood of continuations: one row serves all continuations that differ in their last token only."""
+"""Batched log-likelihood of continuations: what requests share is computed once.
+
+Continuations that differ in their last token only (the letters of a question) share one row. Rows that begin alike (the
+questions of an MMLU subject after their shots) share the cache of their common beginning.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +20,19 @@ Likelihood = tuple[float, bool]
 
 LOGIT_ROWS = 4096
 """Most positions whose logits are held at once (0.5 GB in float32 at 32,001 words)."""
+
+SHORTEST_PREFIX, FEWEST_ROWS = 64, 3
+"""A common beginning is computed apart from this many tokens and rows on; below, the second forward costs more."""
+
+Row = tuple[int, ...]
+
+
+@dataclass
+class _Family:
+    """Rows that begin with the same `prefix` tokens; indices into the rows."""
+
+    prefix: int
+    rows: list[int] = field(default_factory=list)
 
 
 def loglikelihood_as_finished(
@@ -30,19 +49,23 @@ def loglikelihood_as_finished(
     Raises UserError for a request without context or continuation, or a continuation longer than the model.
     """
     length = max_length or model.config.max_position_embeddings
-    groups: dict[tuple[tuple[int, ...], int], list[int]] = defaultdict(list)
+    groups: dict[tuple[Row, int], list[int]] = defaultdict(list)
     for index, (context, continuation) in enumerate(requests):
         row = _row(index, context, continuation, length)
         groups[row, len(continuation)].append(index)
-    rows = list(groups)
-    for batch in _batches(rows, batch_tokens):
-        scores = _score_batch(model, [rows[i][0] for i in batch], max(rows[i][1] for i in batch))
-        for logprobs, i in zip(scores, batch, strict=True):
-            for index in groups[rows[i]]:
-                yield index, _likelihood(logprobs, requests[index][1])
+    keys = list(groups)
+    rows, kept = [row for row, _ in keys], [count for _, count in keys]
+    for family in _families(rows, kept):
+        cache = _prefix_cache(model, rows[family.rows[0]][: family.prefix]) if family.prefix else None
+        for batch in _batches(family.rows, rows, kept, batch_tokens):
+            rests = [rows[i][family.prefix :] for i in batch]
+            scores = _score_batch(model, rests, max(kept[i] for i in batch), family.prefix, cache)
+            for logprobs, i in zip(scores, batch, strict=True):
+                for index in groups[keys[i]]:
+                    yield index, _likelihood(logprobs, requests[index][1])
 
 
-def _row(index: int, context: Sequence[int], continuation: Sequence[int], length: int) -> tuple[int, ...]:
+def _row(index: int, context: Sequence[int], continuation: Sequence[int], length: int) -> Row:
     """The tokens to run: context and continuation but its last token, cut on the left."""
     if not context or not continuation:
         raise UserError(f"request {index}: an empty {'context' if not context else 'continuation'} has no likelihood")
@@ -51,12 +74,39 @@ def _row(index: int, context: Sequence[int], continuation: Sequence[int], length
     return tuple([*context, *continuation][-(length + 1) : -1])
 
 
-def _batches(rows: Sequence[tuple[tuple[int, ...], int]], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of `rows` in batches within the token budget and within LOGIT_ROWS."""
-    for batch in batches_by_budget([row for row, _ in rows], [0] * len(rows), batch_tokens):
+def _families(rows: Sequence[Row], kept: Sequence[int]) -> list[_Family]:
+    """Rows by common beginnings worth computing once; all others in a family without a prefix.
+
+    A prefix ends before the first position whose logits are needed.
+    """
+    families: list[_Family] = []
+    for index in sorted(range(len(rows)), key=rows.__getitem__):
+        usable = len(rows[index]) - kept[index]
+        if families:
+            family = families[-1]
+            common = min(_common(rows[family.rows[0]], rows[index]), usable, family.prefix)
+            if common >= max(SHORTEST_PREFIX, family.prefix // 2):
+                family.rows.append(index)
+                family.prefix = common
+                continue
+        families.append(_Family(usable, [index]))
+    shared = [family for family in families if len(family.rows) >= FEWEST_ROWS]
+    rest = [index for family in families if len(family.rows) < FEWEST_ROWS for index in family.rows]
+    return [*shared, _Family(0, rest)] if rest else shared
+
+
+def _common(one: Row, other: Row) -> int:
+    """Length of the common beginning."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _batches(family: Sequence[int], rows: Sequence[Row], kept: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """A family's rows in batches within the token budget and within LOGIT_ROWS."""
+    for batch in batches_by_budget([rows[i] for i in family], [0] * len(family), batch_tokens):
         taken: list[int] = []
-        for i in batch:
-            if taken and (len(taken) + 1) * max(rows[j][1] for j in [*taken, i]) > LOGIT_ROWS:
+        for i in (family[position] for position in batch):
+            if taken and (len(taken) + 1) * max(kept[j] for j in [*taken, i]) > LOGIT_ROWS:
                 yield taken
                 taken = []
             taken.append(i)
@@ -64,14 +114,27 @@ def _batches(rows: Sequence[tuple[tuple[int, ...], int]], batch_tokens: int) -> 
 
 
 @torch.inference_mode()
-def _score_batch(model: Any, rows: Sequence[Sequence[int]], kept: int) -> torch.Tensor:
-    """Log-probabilities (B, kept, V) in float32 at the last `kept` positions of every row."""
+def _prefix_cache(model: Any, prefix: Row) -> Any:
+    """The model's cache after one row of `prefix`."""
+    ids = torch.tensor([prefix], device=model.device)
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1).past_key_values
+
+
+@torch.inference_mode()
+def _score_batch(model: Any, rows: Sequence[Row], kept: int, prefix: int, cache: Any) -> torch.Tensor:
+    """Log-probabilities (B, kept, V), float32, at the last `kept` positions of rows that continue `cache` (or None)."""
     input_ids, mask = left_padded(rows, pad_id=0, device=model.device)
+    positions = prefix + (mask.cumsum(1) - 1).clamp(min=0)
+    if cache is not None:
+        cache = deepcopy(cache)
+        cache.batch_select_indices(torch.zeros(len(rows), dtype=torch.long, device=model.device))
+        mask = torch.cat([mask.new_ones(len(rows), prefix), mask], dim=1)
     output = model(
         input_ids=input_ids,
         attention_mask=mask,
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-        use_cache=False,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=cache is not None,
         logits_to_keep=kept,
     )
     return torch.log_softmax(output.logits.float(), dim=-1)

@@ -12,6 +12,7 @@ A result is a plain dictionary, one JSON file a task:
     seconds, tokens_per_second
     suspect            why the score may mean "broken" instead of "bad", else null
     not_run            why there is no score, else null
+    parts_not_run      {part: why} of a benchmark that ran in part
 """
 
 import json
@@ -86,6 +87,7 @@ def finished_result(
         "tokens_per_second": round(new_tokens / seconds, 1) if new_tokens and seconds > 0 else None,
         "suspect": suspicion(scores.items),
         "not_run": None,
+        "parts_not_run": {},
     }
 
 
@@ -103,6 +105,7 @@ def not_run_result(task: str, protocol: str, settings: dict[str, Any], reason: s
         "tokens_per_second": None,
         "suspect": None,
         "not_run": reason,
+        "parts_not_run": {},
     }
 
 

@@ -132,6 +132,8 @@ def _notes(before: Result | None, after: Result | None) -> list[str]:
             notes.append(f"{moment}: not run: {result['not_run']}")
         if result is not None and result["suspect"]:
             notes.append(f"{moment}: suspect: {result['suspect']}")
+    parts = (after or before or {}).get("parts_not_run", {})
+    notes += [f"{part}: not run: {reason}" for part, reason in parts.items()]
     if before and after and before["protocol"] != after["protocol"]:
         notes.append(f"before was measured under another protocol: {before['protocol']}")
     return notes

@@ -62,6 +62,7 @@ def render_markdown(results: dict[str, Any]) -> str:
         ),
         "code": lambda value: Markdown(f"`{inline(str(value)).replace('`', '')}`"),
         "brief": _brief,
+        "columns": _columns,
         "thinned": lambda points: thinned(points, CURVE_ROWS),
     }
     return environment.get_template("report.md.jinja").render(results=results, steps=STEPS)
@@ -125,6 +126,11 @@ def _sparkline(values: Sequence[float | None]) -> Markdown:
     low, high = min(means), max(means)
     scale = (len(SPARKS) - 1) / (high - low) if high > low else 0
     return Markdown("".join(SPARKS[round((mean - low) * scale)] for mean in means))
+
+
+def _columns(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The columns that hold something in some row."""
+    return [name for name in rows[0] if any(row.get(name) for row in rows)]
 
 
 def _brief(value: Any) -> Markdown:

@@ -15,12 +15,13 @@ Result = dict[str, Any]
 def choose_samples(before: Result | None, after: Result | None) -> list[dict[str, Any]]:
     """Samples of a task: kind (`improved`, `worsened`, `best`, `worst`), id, prompt, target, answers before and after.
 
-    The score is the result's headline metric; no item is shown twice.
+    The score is the headline metric, or the item's first where the headline is a mean over groups. No item is shown
+    twice.
     """
     latest = after or before
-    if latest is None or latest["headline"] is None:
+    if latest is None or not latest["items"]:
         return []
-    metric = latest["headline"]
+    metric = _item_metric(latest)
     old, new = _by_id(before, metric), _by_id(after, metric)
     scored = new or old
     both = [identifier for identifier in scored if identifier in old and identifier in new]
@@ -37,6 +38,12 @@ def choose_samples(before: Result | None, after: Result | None) -> list[dict[str
         fresh = [i for i in identifiers if i not in shown]
         shown |= dict.fromkeys(fresh[:SHOWN], kind)
     return [_sample(kind, i, old.get(i), new.get(i), metric) for i, kind in shown.items()]
+
+
+def _item_metric(result: Result) -> str:
+    numbers = [name for name, score in result["items"][0]["verdict"].items() if isinstance(score, int | float)]
+    headline: str = result["headline"]
+    return headline if headline in numbers else numbers[0]
 
 
 def _by_id(result: Result | None, metric: str) -> dict[str, dict[str, Any]]:

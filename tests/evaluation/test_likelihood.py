@@ -39,6 +39,37 @@ def test_likelihoods_equal_a_plain_forward(model_name, request):
         assert found[index][1] == greedy
 
 
+@pytest.mark.parametrize("model_name", ["tiny_llama", "tiny_hymba"])
+def test_rows_that_begin_alike_share_their_beginning(model_name, request, monkeypatch):
+    model, rng = request.getfixturevalue(model_name), random.Random(1)
+
+    def tokens(count: int) -> list[int]:
+        return [rng.randrange(3, 300) for _ in range(count)]
+
+    shots = {subject: tokens(80) for subject in range(2)}
+    requests = [
+        (shots[i % 2] + question, [10, letter])
+        for i, question in enumerate([tokens(rng.randint(1, 12)) for _ in range(9)])
+        for letter in (70, 71)
+    ]
+    requests += [(tokens(5), [3])]
+    seen: list[int] = []
+    forward = type(model).forward
+
+    def counted(self: Any, input_ids: torch.Tensor, **settings: Any) -> Any:
+        seen.append(input_ids.numel())
+        return forward(self, input_ids=input_ids, **settings)
+
+    monkeypatch.setattr(type(model), "forward", counted)
+    found = dict(loglikelihood_as_finished(model, requests, batch_tokens=300))
+    assert sum(seen) < 2 * 80 + 9 * 14 + 40
+    monkeypatch.setattr(type(model), "forward", forward)
+    for index, (context, continuation) in enumerate(requests):
+        logprob, greedy = alone(model, context, continuation)
+        assert found[index][0] == pytest.approx(logprob, abs=TOLERANCE)
+        assert found[index][1] == greedy
+
+
 def test_the_greedy_continuation_is_recognised(tiny_llama):
     context = [5, 6, 7]
     best = int(tiny_llama(torch.tensor([context])).logits[0, -1].argmax())

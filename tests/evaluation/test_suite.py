@@ -8,10 +8,11 @@ import pytest
 
 from hymba_tune.errors import UserError
 from hymba_tune.evaluation import suite
+from hymba_tune.evaluation.catalogue import SUITES, TASKS, Task, task_names
 from hymba_tune.evaluation.chat_task import ChatItem, Verdict, run_chat_task
 from hymba_tune.evaluation.engine import Engine
 from hymba_tune.evaluation.gsm8k import gsm8k_splits, run_gsm8k
-from hymba_tune.evaluation.suite import TASKS, Task, run_suite
+from hymba_tune.evaluation.suite import run_suite
 
 pytest.importorskip("lm_eval")
 
@@ -124,8 +125,13 @@ def test_a_broken_line_names_file_and_line(tiny_hymba, character_tokenizer, data
 
 
 def test_an_unknown_task_is_refused(tiny_hymba, character_tokenizer, tmp_path):
-    with pytest.raises(UserError, match="no task gsm9k; there are gsm8k"):
+    with pytest.raises(UserError, match=r"no suite or task gsm9k; there are paper, .*gsm8k"):
         run_suite(tiny_hymba, character_tokenizer, ["gsm9k"], tmp_path)
+
+
+def test_suites_and_tasks_mix_and_every_task_comes_once():
+    assert task_names(["gsm8k", "paper", "mmlu"]) == ["gsm8k", "mmlu", "ifeval", "gpqa", "bfcl_v2"]
+    assert all(name in TASKS for suite_tasks in SUITES.values() for name in suite_tasks)
 
 
 HOSTILE = ["x" * 100_000, "<script>alert(1)</script>", "\x1b[31m\x00\x07 \u202eabc", "(" * 50_000, "\ud800"]
