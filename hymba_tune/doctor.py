@@ -20,9 +20,9 @@ from rich.table import Table
 from hymba_tune.provenance import hardware, version
 
 OPTIONAL = {
-    "deepspeed": "training on several GPUs with ZeRO: pip install 'hymba-tune[deepspeed]'",
-    "lm-eval": "GSM8K, IFEval and GPQA by their standard protocols: pip install 'hymba-tune[eval]'",
-    "flash-attn": "an attention kernel for GPUs: pip install --no-build-isolation 'hymba-tune[cuda]'",
+    "deepspeed": "training on several GPUs with ZeRO: pip install -e '.[deepspeed]'",
+    "lm-eval": "GSM8K, IFEval and GPQA by their standard protocols: pip install -e '.[eval]'",
+    "flash-attn": "an attention kernel for GPUs: pip install --no-build-isolation -e '.[cuda]'",
     "mamba-ssm": "a scan kernel for GPUs: as flash-attn",
     "causal-conv1d": "a conv kernel for GPUs: as flash-attn",
 }
