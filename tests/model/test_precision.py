@@ -1,4 +1,4 @@
-"""In bfloat16 and under autocast, dt, softplus, the scan and its state stay in float32: the float32 oracles can't see it.
+"""In bfloat16 and under autocast, dt, softplus, the scan and its state stay in float32, which float32 oracles can't see.
 
 Each check recomputes in float64 from the very inputs that the model used, so that what is left is the error of the
 step itself: 1e-7 in float32, 4e-3 in bfloat16.
@@ -31,7 +31,8 @@ def slow_model(dtype: torch.dtype = torch.float32) -> HymbaForCausalLM:
         layer.mamba.dt_proj[0].bias.data.mul_(0.1).sub_(4)
         layer.mamba.A_log[0].data.sub_(2)
     kept = {name: p.data for name, p in model.named_parameters() if "A_log" in name or ".D." in name}
-    model.to(dtype)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     for name, values in kept.items():
         model.get_parameter(name).data = values
     return model
