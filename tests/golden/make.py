@@ -1,6 +1,6 @@
-"""Golden arrays: what the reference backend computes for one tiny random model. `python -m tests.golden.make` remakes them.
+"""Golden arrays: what the reference backend computes for one tiny random model.
 
-A change of these numbers is a change of the model: remake them only where one is meant.
+`python -m tests.golden.make` remakes them. A change of these numbers is a change of the model: only where one is meant.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def inputs() -> dict[str, Tensor]:
 
 
 def computed(model: HymbaForCausalLM, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Logits, loss and gradients of the packed row; logits of the prompts and of the turn, and the cache between them."""
+    """Logits, loss and gradients of the packed row; logits of the prompts and the turn, and the cache between them."""
     packed = model(**{name: inputs[f"packed.{name}"] for name in ("input_ids", "position_ids", "labels")})
     arrays = {"packed.logits": packed.logits.detach(), "packed.loss": packed.loss.detach()[None]}
     arrays |= {f"packed.gradient.{name}": value for name, value in gradients(model, packed.loss).items()}

@@ -1,4 +1,4 @@
-"""In bfloat16 and under autocast, dt, softplus, the scan and its state stay in float32, which float32 oracles can't see.
+"""In bfloat16 and under autocast, dt, softplus, the scan and its state stay in float32; the oracles can't see it.
 
 Each check recomputes in float64 from the very inputs that the model used, so that what is left is the error of the
 step itself: 1e-7 in float32, 4e-3 in bfloat16.
