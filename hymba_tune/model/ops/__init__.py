@@ -20,12 +20,12 @@ __all__ = ["BACKENDS", "OpChoice", "causal_conv1d", "explain", "segment_attentio
 logger = logging.getLogger(__name__)
 
 OPS = ("selective_scan", "causal_conv1d", "segment_attention")
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "reference", "cpu")
 ENVIRONMENT_VARIABLE = "HYMBA_TUNE_BACKEND"
 
 # A backend is a module with the operations as functions, DEVICES that it runs on, and `available(op) -> (ok, reason)`.
-_MODULES = {"reference": "hymba_tune.model.ops.reference"}
-_PREFERENCE = {"cpu": ("reference",), "cuda": ("reference",)}
+_MODULES = {"cpu": "hymba_tune.model.ops.cpu", "reference": "hymba_tune.model.ops.reference"}
+_PREFERENCE = {"cpu": ("cpu",)}
 
 
 class OpChoice(NamedTuple):

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+# From here on log(1 + exp(z)) is z in float64 too; torch's own threshold of 20 leaves an error of 2e-9.
+LINEAR_SOFTPLUS = 40.0
+
 DEVICES = ("cpu", "cuda", "mps", "meta")
 
 
@@ -44,9 +47,9 @@ def selective_scan(
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     lengths = cu_seqlens.diff().tolist()
-    delta = F.softplus(dt.to(dtype))
-    # A padded step has delta = 0: it multiplies the state by exp(0) = 1 and adds 0, so every segment keeps its last state.
-    delta_LSD, x_LSD, B_LSN, C_LSN = (_pad(t, lengths) for t in (delta, x.to(dtype), B.to(dtype), C.to(dtype)))
+    delta = F.softplus(dt.to(dtype), threshold=LINEAR_SOFTPLUS)
+    # A padded step has delta = 0: the state is multiplied by exp(0) = 1, 0 is added; so each segment keeps its last one.
+    delta_LSD, x_LSD, B_LSN, C_LSN = (pad(t, lengths) for t in (delta, x.to(dtype), B.to(dtype), C.to(dtype)))
     decay = torch.exp(delta_LSD.unsqueeze(-1) * A.to(dtype))
     drive = (delta_LSD * x_LSD).unsqueeze(-1) * B_LSN.unsqueeze(2)
 
@@ -55,7 +58,7 @@ def selective_scan(
     for decay_t, drive_t, C_t in zip(decay.unbind(), drive.unbind(), C_LSN.unsqueeze(2).unbind(), strict=True):
         state = decay_t * state + drive_t
         outputs.append((state * C_t).sum(-1))
-    y = _unpad(outputs, lengths, like=delta)
+    y = unpad(outputs, lengths, like=delta)
     y = (y + D.to(dtype) * x.to(dtype)) * F.silu(gate.to(dtype))
     return y.to(x.dtype), state
 
@@ -75,12 +78,13 @@ def causal_conv1d(
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     channels, taps = weight.shape
+    kernel, bias = weight.to(dtype).unsqueeze(1), bias.to(dtype)
     segments = x.split(cu_seqlens.diff().tolist())
     initial = _initial(initial_state, (len(segments), channels, taps), x).to(x.dtype)
     outputs, finals = [x[:0].to(dtype)], [initial[:0]]
     for segment, before in zip(segments, initial, strict=True):
         history = torch.cat([before, segment.t()], dim=1)
-        y = F.conv1d(history.to(dtype), weight.to(dtype).unsqueeze(1), bias.to(dtype), groups=channels)
+        y = F.conv1d(history.to(dtype), kernel, bias, groups=channels)
         outputs.append(F.silu(y[:, 1:].t()))
         finals.append(history[:, history.shape[1] - taps :].unsqueeze(0))
     return torch.cat(outputs).to(x.dtype), torch.cat(finals)
@@ -132,12 +136,12 @@ def _initial(state: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tens
     return like.new_zeros(shape) if state is None else state.expand(shape)
 
 
-def _pad(t: Tensor, lengths: list[int]) -> Tensor:
+def pad(t: Tensor, lengths: list[int]) -> Tensor:
     """(T, n) -> (L, S, n), zeros after each segment's end."""
     return pad_sequence(list(t.split(lengths))) if lengths else t.unsqueeze(1)[:, :0]
 
 
-def _unpad(steps: list[Tensor], lengths: list[int], like: Tensor) -> Tensor:
+def unpad(steps: tuple[Tensor, ...] | list[Tensor], lengths: list[int], like: Tensor) -> Tensor:
     """L tensors (S, n) -> (T, n)."""
     if not steps:
         return torch.zeros_like(like)

@@ -1,0 +1,32 @@
+"""The CPU backend: compiled scan and conv (cpu_scan.py; torch alone without a compiler), attention on query blocks."""
+
+from __future__ import annotations
+
+from hymba_tune.model.ops import cpu_library, cpu_scan, portable
+from hymba_tune.model.ops.reference import segment_attention
+
+__all__ = ["DEVICES", "available", "causal_conv1d", "segment_attention", "selective_scan"]
+
+DEVICES = ("cpu",)
+
+
+def _compiler_problem() -> str | None:
+    try:
+        cpu_library.load()
+    except cpu_library.KernelsUnavailable as error:
+        return str(error)
+    return None
+
+
+_PROBLEM = _compiler_problem()
+selective_scan = cpu_scan.selective_scan if _PROBLEM is None else portable.selective_scan
+causal_conv1d = cpu_scan.causal_conv1d if _PROBLEM is None else portable.causal_conv1d
+
+
+def available(op: str) -> tuple[bool, str]:
+    """Always; the reason names the technique."""
+    if op == "segment_attention":
+        return True, "blocks of queries against the keys that they may see"
+    if _PROBLEM is None:
+        return True, f"C kernels compiled by {cpu_library.find_compiler()}"
+    return True, f"torch in chunks, several times slower than the C kernels: {_PROBLEM}"

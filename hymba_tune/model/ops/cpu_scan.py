@@ -1,0 +1,201 @@
+"""Selective scan and causal conv on the CPU: autograd around the compiled kernels of cpu_kernels/.
+
+Signatures and shapes: reference.py. States go in and come out as (S, Dn, n) views of (S, n, Dn) memory, the layout that
+the kernels vectorise over; a state that is fed back therefore costs no copy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hymba_tune.model.ops import cpu_library
+
+# Bytes of the widest vector: the kept states are padded to a multiple of that.
+VECTOR_BYTES = 64
+
+
+def _structure(name: str, integers: str, fields: str) -> type[ctypes.Structure]:
+    """A C struct of int64 and pointers, in the order of `fields`."""
+    kinds = dict.fromkeys(integers.split(), ctypes.c_int64)
+    return type(name, (ctypes.Structure,), {"_fields_": [(f, kinds.get(f, ctypes.c_void_p)) for f in fields.split()]})
+
+
+_Scan = _structure(
+    "scan",
+    "threads segments channels states x_stride gate_stride dt_stride initial_stride",
+    "threads segments channels states cu_seqlens x gate x_stride gate_stride dt_stride"
+    " dt A B C D initial initial_stride checkpoints",
+)
+_ScanGradients = _structure("scan_gradients", "", "y final x gate dt A B C D initial")
+_Conv = _structure(
+    "conv",
+    "threads segments channels taps x_stride initial_stride",
+    "threads segments channels taps cu_seqlens x x_stride weight bias initial initial_stride",
+)
+_ConvGradients = _structure("conv_gradients", "", "y final x weight bias initial")
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    gate: Tensor,
+    cu_seqlens: Tensor,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compiled; see reference.selective_scan."""
+    io = _io_dtype(torch.promote_types(x.dtype, gate.dtype))
+    wide = torch.promote_types(io, torch.float32)
+    rates, B, C, D = A.to(wide).t().contiguous(), B.to(wide).contiguous(), C.to(wide).contiguous(), D.to(wide)
+    dt, state = _rows(dt.to(wide)), _state_in(initial_state, wide)
+    inputs = (_rows(x.to(io)), dt, rates, B, C, D.contiguous(), _rows(gate.to(io)), state)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    y, final = _SelectiveScan.apply(*inputs, cu_seqlens.long().contiguous(), keep)
+    return y.to(x.dtype), final.transpose(1, 2)
+
+
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor, initial_state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compiled; see reference.causal_conv1d."""
+    io = _io_dtype(x.dtype)
+    wide = torch.promote_types(io, torch.float32)
+    y, final = _CausalConv1d.apply(
+        _rows(x.to(io)),
+        weight.to(wide).t().contiguous(),
+        bias.to(wide).contiguous(),
+        _state_in(initial_state, io),
+        cu_seqlens.long().contiguous(),
+    )
+    return y.to(x.dtype), final.transpose(1, 2).to(x.dtype)
+
+
+class _SelectiveScan(torch.autograd.Function):
+    """Rates (N, Dn), states (S or 1, N, Dn), the rest as in reference.selective_scan; rows may be strided."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dt: Tensor,
+        rates: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor,
+        gate: Tensor,
+        initial: Tensor | None,
+        cu_seqlens: Tensor,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor]:
+        tokens, channels = x.shape
+        lanes = VECTOR_BYTES // dt.element_size()
+        chunk = ctypes.c_int64.in_dll(cpu_library.load(), "scan_chunk").value
+        kept = dt.new_empty(tokens // chunk if keep else 0, len(rates), -(-channels // lanes) * lanes)
+        y = x.new_empty(tokens, channels)
+        final = dt.new_empty(len(cu_seqlens) - 1, *rates.shape)
+        inputs = (x, dt, rates, B, C, D, gate, initial, cu_seqlens, kept)
+        _kernel("scan_forward", x)(ctypes.byref(_scan(*inputs)), _pointer(y), _pointer(final))
+        ctx.save_for_backward(*inputs)
+        return y, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        dy, dfinal = (g.contiguous() for g in upstream)
+        grads = [torch.empty(t.shape, dtype=t.dtype) for t in inputs[:7]]
+        dx, ddt, drates, dB, dC, dD, dgate = grads
+        dinitial = torch.zeros_like(inputs[7]) if ctx.needs_input_grad[7] else None
+        pointers = map(_pointer, (dy, dfinal, dx, dgate, ddt, drates, dB, dC, dD, dinitial))
+        _kernel("scan_backward", dx)(ctypes.byref(_scan(*inputs)), ctypes.byref(_ScanGradients(*pointers)))
+        return (*grads, dinitial, None, None)
+
+
+class _CausalConv1d(torch.autograd.Function):
+    """Weight (K, Dn), states (S or 1, K, Dn), the rest as in reference.causal_conv1d; rows of x may be strided."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, initial: Tensor | None, cu_seqlens: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        y = x.new_empty(x.shape)
+        final = x.new_empty(len(cu_seqlens) - 1, *weight.shape)
+        inputs = (x, weight, bias, initial, cu_seqlens)
+        _kernel("conv_forward", x)(ctypes.byref(_conv(*inputs)), _pointer(y), _pointer(final))
+        ctx.save_for_backward(*inputs)
+        return y, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        x, weight, bias, initial, _ = inputs
+        dy, dfinal = (g.contiguous() for g in upstream)
+        dx, dweight, dbias = (torch.empty(t.shape, dtype=t.dtype) for t in (x, weight, bias))
+        dinitial = torch.zeros(initial.shape, dtype=weight.dtype) if ctx.needs_input_grad[3] else None
+        pointers = map(_pointer, (dy, dfinal, dx, dweight, dbias, dinitial))
+        _kernel("conv_backward", x)(ctypes.byref(_conv(*inputs)), ctypes.byref(_ConvGradients(*pointers)))
+        return dx, dweight, dbias, dinitial, None
+
+
+def _scan(
+    x: Tensor,
+    dt: Tensor,
+    rates: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    gate: Tensor,
+    initial: Tensor | None,
+    cu_seqlens: Tensor,
+    kept: Tensor,
+) -> ctypes.Structure:
+    states, channels = rates.shape
+    shape = (torch.get_num_threads(), len(cu_seqlens) - 1, channels, states)
+    rows = (*map(_pointer, (cu_seqlens, x, gate)), x.stride(0), gate.stride(0), dt.stride(0))
+    rest = (*map(_pointer, (dt, rates, B, C, D, initial)), _segment_stride(initial), _pointer(kept))
+    return _Scan(*shape, *rows, *rest)
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor, initial: Tensor | None, cu_seqlens: Tensor) -> ctypes.Structure:
+    taps, channels = weight.shape
+    shape = (torch.get_num_threads(), len(cu_seqlens) - 1, channels, taps, _pointer(cu_seqlens))
+    rest = (_pointer(x), x.stride(0), *map(_pointer, (weight, bias, initial)), _segment_stride(initial))
+    return _Conv(*shape, *rest)
+
+
+def _kernel(name: str, like: Tensor) -> Any:
+    return getattr(cpu_library.load(), f"{name}_{str(like.dtype).removeprefix('torch.')}")
+
+
+def _pointer(t: Tensor | None) -> ctypes.c_void_p:
+    """NULL for None and for tensors without elements."""
+    return ctypes.c_void_p(t.data_ptr() if t is not None and t.numel() else None)
+
+
+def _segment_stride(state: Tensor | None) -> int:
+    """0 for a state that all segments share."""
+    return 0 if state is None or len(state) == 1 else state.stride(0)
+
+
+def _io_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the kernels read and write: float16 has no instance and goes through float32."""
+    return dtype if dtype in (torch.float32, torch.float64, torch.bfloat16) else torch.float32
+
+
+def _rows(t: Tensor) -> Tensor:
+    """Rows without gaps inside; between rows there may be some."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _state_in(state: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """(S, Dn, n) -> (S, n, Dn), contiguous."""
+    return None if state is None else state.to(dtype).transpose(1, 2).contiguous()
