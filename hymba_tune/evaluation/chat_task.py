@@ -67,6 +67,7 @@ def run_chat_task(
             "target": item.target,
             "verdict": verdict.scores,
             "why": verdict.why,
+            "finish_reason": answer.finish_reason,
             "dropped_prompt_tokens": answer.dropped_prompt_tokens,
         }
         for item, prompt, answer, verdict in zip(items, prompts, answers, verdicts, strict=True)

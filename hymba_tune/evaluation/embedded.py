@@ -18,7 +18,8 @@ from hymba_tune.evaluation.results import Scores
 TASKS = ("tiny_math", "tiny_code", "tiny_calls")
 ITEMS = 300
 """Held-out items a task: a standard error of at most 2.9 points."""
-MAX_NEW_TOKENS = 160
+MAX_NEW_TOKENS = 96
+"""Nearly twice the longest reference answer in the embedded tokenizer."""
 LONGEST = 20_000
 """Characters of an answer that are parsed; no reference comes near it."""
 

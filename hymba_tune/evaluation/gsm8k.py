@@ -81,6 +81,7 @@ def _item(sample: Sample) -> dict[str, Any]:
         "target": target,
         "verdict": verdict,
         "why": _why(extracted, verdict, target),
+        "finish_reason": sample.finish_reason,
         "dropped_prompt_tokens": sample.dropped_prompt_tokens,
     }
 

@@ -38,6 +38,7 @@ class Sample:
     question: str
     responses: list[Any]
     dropped_prompt_tokens: int = 0
+    finish_reason: str | None = None
     filtered: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -118,6 +119,7 @@ def _samples(logged: Sequence[dict[str, Any]], task: Any, model: Any) -> Iterato
     samples: dict[int, Sample] = {}
     for entry in logged:
         context = entry["arguments"][0][0]
+        answer = model.answers.get(context)
         sample = samples.setdefault(
             entry["doc_id"],
             Sample(
@@ -126,7 +128,8 @@ def _samples(logged: Sequence[dict[str, Any]], task: Any, model: Any) -> Iterato
                 prompt_sha256=prompt_fingerprint(model.tok_encode(context)),
                 question=str(task.doc_to_text(entry["doc"])).strip(),
                 responses=[response for responses in entry["resps"] for response in responses],
-                dropped_prompt_tokens=model.dropped_prompt_tokens.get(context, 0),
+                dropped_prompt_tokens=answer.dropped_prompt_tokens if answer else 0,
+                finish_reason=answer.finish_reason if answer else None,
             ),
         )
         sample.filtered[entry["filter"]] = entry["filtered_resps"]

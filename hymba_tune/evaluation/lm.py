@@ -10,7 +10,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from hymba_tune.errors import UserError
-from hymba_tune.evaluation.engine import Engine
+from hymba_tune.evaluation.engine import Answer, Engine
 
 DEFAULT_NEW_TOKENS = 256
 """lm-eval's own default for tasks that name no limit."""
@@ -27,8 +27,8 @@ class HymbaLM(TemplateLM):
         super().__init__()
         self.engine = engine
         self.tokenizer = engine.tokenizer
-        self.dropped_prompt_tokens: dict[str, int] = {}
-        """Prompts that did not fit the model, with the tokens each lost."""
+        self.answers: dict[str, Answer] = {}
+        """What was generated, by the prompt's text."""
         self._chats: dict[str, list[int]] = {}
         self._encode = lru_cache(maxsize=8)(engine.encode_text)  # a question's choices come one after the other
 
@@ -88,8 +88,7 @@ class HymbaLM(TemplateLM):
             limits = [self._limit(requests[i].args[1], len(ids)) for i, ids in zip(indices, prompts, strict=True)]
             for i, answer in zip(indices, self.engine.generate(prompts, max_new_tokens=limits, stop=stop), strict=True):
                 texts[i] = answer.text
-                if answer.dropped_prompt_tokens:
-                    self.dropped_prompt_tokens[requests[i].args[0]] = answer.dropped_prompt_tokens
+                self.answers[requests[i].args[0]] = answer
         return [texts[index] for index in range(len(requests))]
 
     def _limit(self, settings: dict[str, Any], prompt_tokens: int) -> int:

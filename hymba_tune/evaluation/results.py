@@ -10,6 +10,8 @@ A result is a plain dictionary, one JSON file a task:
                        extracted, target, verdict {metric: score}, why, ...}]
     packages           versions
     seconds, tokens_per_second
+    cut_prompts        how many did not fit the model and lost their beginning
+    cut_answers        how many reached the token limit instead of ending
     suspect            why the score may mean "broken" instead of "bad", else null
     not_run            why there is no score, else null
     parts_not_run      {part: why} of a benchmark that ran in part
@@ -85,6 +87,8 @@ def finished_result(
         "packages": package_versions(),
         "seconds": round(seconds, 3),
         "tokens_per_second": round(new_tokens / seconds, 1) if new_tokens and seconds > 0 else None,
+        "cut_prompts": sum(item.get("dropped_prompt_tokens", 0) > 0 for item in scores.items),
+        "cut_answers": sum(item.get("finish_reason") == "length" for item in scores.items),
         "suspect": suspicion(scores.items),
         "not_run": None,
         "parts_not_run": {},

@@ -128,10 +128,16 @@ def _score_rows(task: str, before: Result | None, after: Result | None) -> list[
 def _notes(before: Result | None, after: Result | None) -> list[str]:
     notes = []
     for moment, result in (("before", before), ("after", after)):
-        if result is not None and result["not_run"]:
+        if result is None:
+            continue
+        if result["not_run"]:
             notes.append(f"{moment}: not run: {result['not_run']}")
-        if result is not None and result["suspect"]:
+        if result["suspect"]:
             notes.append(f"{moment}: suspect: {result['suspect']}")
+        if result.get("cut_prompts"):
+            notes.append(f"{moment}: {result['cut_prompts']} prompts did not fit the model and lost their beginning")
+        if result.get("cut_answers"):
+            notes.append(f"{moment}: {result['cut_answers']} answers reached the token limit instead of ending")
     parts = (after or before or {}).get("parts_not_run", {})
     notes += [f"{part}: not run: {reason}" for part, reason in parts.items()]
     if before and after and before["protocol"] != after["protocol"]:

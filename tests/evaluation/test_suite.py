@@ -46,6 +46,7 @@ def test_gsm8k_runs_from_files_and_reports_every_item(tiny_hymba, character_toke
     assert set(result["metrics"]) == {"strict_match", "flexible_extract"}
     assert result["metrics"]["strict_match"]["n"] == 4
     assert result["settings"]["limit"] == 4
+    assert (result["cut_answers"], result["cut_prompts"]) == (4, 0)
     assert result["not_run"] is None
     assert "torch" in result["packages"]
 

@@ -37,6 +37,8 @@ def result(task: str, scores: list[float], suspect: str | None = None) -> dict[s
         "packages": {"torch": "2.13.0"},
         "seconds": 12.5,
         "tokens_per_second": 900.0,
+        "cut_prompts": 0,
+        "cut_answers": 3,
         "suspect": suspect,
         "not_run": None,
     }
@@ -44,7 +46,13 @@ def result(task: str, scores: list[float], suspect: str | None = None) -> dict[s
 
 def not_run(task: str) -> dict[str, Any]:
     empty = result(task, [0.0, 0.0])
-    return empty | {"headline": None, "metrics": {}, "items": [], "not_run": "gpqa: data missing; ask its authors"}
+    return empty | {
+        "headline": None,
+        "metrics": {},
+        "items": [],
+        "cut_answers": 0,
+        "not_run": "gpqa: data missing; ask its authors",
+    }
 
 
 RECIPE = """\

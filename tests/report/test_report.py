@@ -35,9 +35,13 @@ def test_scores_carry_both_moments_and_the_paired_error_of_their_difference(fini
     mean = sum(differences) / 8
     spread = math.sqrt(sum((d - mean) ** 2 for d in differences) / 7)
     assert first["change"] == {"value": 0.5, "stderr": pytest.approx(spread / math.sqrt(8))}
-    assert first["notes"] == ["after: suspect: 3 of 8 answers are empty: check the chat template"]
+    assert first["notes"] == [
+        "before: 3 answers reached the token limit instead of ending",
+        "after: suspect: 3 of 8 answers are empty: check the chat template",
+        "after: 3 answers reached the token limit instead of ending",
+    ]
     assert third["metric"] is None
-    assert third["notes"] == ["after: not run: gpqa: data missing; ask its authors"]
+    assert third["notes"][0] == "after: not run: gpqa: data missing; ask its authors"
 
 
 def test_samples_are_what_changed_then_the_best_and_the_worst(finished):

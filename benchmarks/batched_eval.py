@@ -1,0 +1,90 @@
+"""GSM8K on the tiny model: our batched suite against lm-eval's own hf backend at batch size 1.
+
+    HYMBA_TUNE_DATA=FOLDER python -m benchmarks.batched_eval [--limit 200]
+
+Claim (2 cores, float32): at least 10 x faster, with the same answers. Both sides run the same task (gsm8k_upstream:
+five chat shots, 256 new tokens) on the same model, from reading the rows to the scores; the model is loaded before. The
+tiny model does not stop by itself, so both generate nearly every token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import write_result
+from hymba_tune.data.chat import load_tokenizer
+from hymba_tune.evaluation.gsm8k import gsm8k_splits, process_results
+from hymba_tune.evaluation.harness import FEWSHOT_SEED, read_task
+from hymba_tune.evaluation.suite import run_suite
+from hymba_tune.model import load_model
+from hymba_tune.model.precision import choose_matmul_precision
+from hymba_tune.tiny import tiny_path
+
+TASK = "gsm8k_upstream"
+
+
+def batched(model: Any, tokenizer: Any, limit: int, batch_tokens: int) -> tuple[list[str], float]:
+    """Answers of our suite, and its seconds."""
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        [result] = run_suite(model, tokenizer, [TASK], Path(folder), limit=limit, batch_tokens=batch_tokens)
+    return [item["answer"] for item in result["items"]], time.perf_counter() - began
+
+
+def one_by_one(model: Any, tokenizer: Any, limit: int) -> tuple[list[str], float]:
+    """Answers of lm-eval's hf backend, batch size 1, and its seconds."""
+    import datasets
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    began = time.perf_counter()
+    splits = {name: datasets.Dataset.from_list(rows) for name, rows in gsm8k_splits(None).items()}
+    config = read_task(TASK) | {"process_results": process_results, "custom_dataset": lambda **_: splits}
+    task = ConfigurableTask(config=config)
+    task.set_fewshot_seed(FEWSHOT_SEED)
+    backend = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, add_bos_token=False, device=str(model.device))
+    results = evaluate(
+        backend,
+        {"tasks": {TASK: task}},
+        limit=limit,
+        bootstrap_iters=0,
+        apply_chat_template=True,
+        fewshot_as_multiturn=True,
+    )
+    assert results is not None
+    logged = [entry for entry in results["samples"][TASK] if entry["filter"] == "strict-match"]
+    answers = {entry["doc_id"]: entry["resps"][0][0] for entry in logged}
+    return [answers[number] for number in sorted(answers)], time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit", type=int, default=200)
+    parser.add_argument("--batch-tokens", type=int, default=131_072)
+    arguments = parser.parse_args()
+    choose_matmul_precision()
+    tokenizer, model = load_tokenizer(tiny_path()), load_model(tiny_path()).eval()
+    batched(model, tokenizer, 2, arguments.batch_tokens)
+    many, seconds = batched(model, tokenizer, arguments.limit, arguments.batch_tokens)
+    alone, seconds_alone = one_by_one(model, tokenizer, arguments.limit)
+    write_result(
+        "batched_eval",
+        {
+            "task": TASK,
+            "items": arguments.limit,
+            "batch_tokens": arguments.batch_tokens,
+            "seconds_batched": seconds,
+            "seconds_lm_eval_batch_1": seconds_alone,
+            "ratio": seconds_alone / seconds,
+            "equal_answers": sum(a == b for a, b in zip(many, alone, strict=True)),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
