@@ -48,7 +48,7 @@ def selective_scan(
     dtype = torch.promote_types(x.dtype, torch.float32)
     lengths = cu_seqlens.diff().tolist()
     delta = F.softplus(dt.to(dtype), threshold=LINEAR_SOFTPLUS)
-    # A padded step has delta = 0: the state is multiplied by exp(0) = 1, 0 is added; so each segment keeps its last one.
+    # A padded step has delta = 0: the state is multiplied by exp(0) = 1, 0 added; each segment keeps its last state.
     delta_LSD, x_LSD, B_LSN, C_LSN = (pad(t, lengths) for t in (delta, x.to(dtype), B.to(dtype), C.to(dtype)))
     decay = torch.exp(delta_LSD.unsqueeze(-1) * A.to(dtype))
     drive = (delta_LSD * x_LSD).unsqueeze(-1) * B_LSN.unsqueeze(2)
