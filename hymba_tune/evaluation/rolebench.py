@@ -38,6 +38,7 @@ FOLDERS = {
     "rolebench_zh": "rolebench-zh",
 }
 PARTS = {"cus": "general/test.jsonl", "raw": "general/raw.jsonl", "spe": "role_specific/test.jsonl"}
+ORIGIN = "huggingface.co/datasets/ZenMoore/RoleBench"
 MAX_NEW_TOKENS = 512
 MAX_SCORED_CHARS = 20_000
 """Of an answer; the rest is not compared. The longest reference has fewer."""
@@ -84,8 +85,7 @@ def missing_parts(task: str, data: str | Path | None) -> dict[str, str]:
                 f"{path} is missing; RoleBench publishes no plain references: write role, question and generated "
                 "(a list), one object a line"
                 if part == "raw"
-                else f"{path} is missing; get it from huggingface.co/datasets/ZenMoore/RoleBench (github.com/rolellm/"
-                "RoleBench leaves out the large files)"
+                else f"{path} is missing; get it from {ORIGIN} (github.com/rolellm/RoleBench lacks large files)"
             )
     return reasons
 
@@ -102,12 +102,14 @@ def _paths(task: str, folder: Path | None) -> dict[str, Path]:
 def _profiles(folder: Path, task: str) -> dict[str, str]:
     """Role descriptions, where the user has RoleBench's profiles."""
     path = folder / ("profiles-zh" if task == "rolebench_zh" else "profiles-eng") / "desc.json"
+    if not path.is_file():
+        return {}
     try:
-        profiles = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        profiles = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(
-            f"{path}: not JSON ({error}); get it again from huggingface.co/datasets/ZenMoore/RoleBench"
-        ) from None
+        raise UserError(f"{path}: not JSON ({error}); get it again from {ORIGIN}") from None
+    if not isinstance(profiles, dict):
+        raise UserError(f"{path}: needs an object, role to description; get it again from {ORIGIN}")
     return profiles
 
 
