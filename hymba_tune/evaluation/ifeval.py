@@ -156,7 +156,7 @@ def _item(sample: Sample) -> Row:
         "prompt_sha256": sample.prompt_sha256,
         "prompt": sample.question,
         "answer": answer,
-        "extracted": answer.strip() or None,
+        "extracted": "whole answer" if answer.strip() else None,
         "target": names,
         "verdict": {f"prompt_{mode}": float(all(followed[mode])) for mode in MODES} | followed,
         "why": (f"not followed: {', '.join(missed)}" if missed else "all followed") + cut,

@@ -147,7 +147,7 @@ def score(task: str, answer: str, references: Sequence[str]) -> Verdict:
     if not chinese:
         scores["first_f1"] = rouge_l_f1(text, references[0])
     cut = f", first {MAX_SCORED_CHARS} characters" if len(answer) > MAX_SCORED_CHARS else ""
-    return Verdict(scores, text.strip() or None, f"best of {len(references)} references{cut}")
+    return Verdict(scores, "whole answer" if text.strip() else None, f"best of {len(references)} references{cut}")
 
 
 def _words(text: str, chinese: bool) -> str:
