@@ -75,9 +75,11 @@ def run(
     ] = False,
 ) -> None:
     """Run a recipe: data, training, evaluation, report. The same command again goes on where it was cut."""
+    from hymba_tune.hub import check_hub
     from hymba_tune.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or (), tiny)
+    check_hub({"model.from": loaded.model.source, "model.tokenizer": loaded.model.tokenizer})
     try:
         from hymba_tune.pipeline import run_recipe
 
@@ -108,6 +110,9 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Where the results go (runs/eval/MODEL).")] = None,
 ) -> None:
     """Score weights on benchmarks, outside a run. Answers already given are not asked for again."""
+    from hymba_tune.hub import check_hub
+
+    check_hub({"MODEL": model})
     from hymba_tune.evaluate import evaluate
 
     folder = out or Path("runs/eval") / Path(model).name

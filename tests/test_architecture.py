@@ -22,6 +22,7 @@ ARROWS: dict[str, set[str]] = {
     **{name: set() for name in BASE},
     "recipe": {"geometry"},
     "run_dir": set(),
+    "hub": set(),
     "geometry": set(),
     "data": set(),
     "model": set(),
@@ -91,7 +92,7 @@ def test_a_library_is_imported_in_its_own_part_only(library):
     assert users <= ONLY_IN[library]
 
 
-@pytest.mark.parametrize("module", ["cli", "recipe", "plan", "run_dir", "doctor", "geometry"])
+@pytest.mark.parametrize("module", ["cli", "recipe", "plan", "run_dir", "doctor", "geometry", "hub"])
 def test_light_modules_load_nothing_heavy(module):
     code = (
         f"import sys, hymba_tune.{module}\n"
