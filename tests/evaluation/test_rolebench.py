@@ -30,10 +30,10 @@ def test_every_gold_answer_gets_the_official_rouge(gold, task, answers, data_dir
         first = best
         if len(row["references"]) > 1:
             first = rolebench.score(task, row["prediction"], row["references"][:1]).scores
-        assert best["recall"] == pytest.approx(row["rougeL_recall_max"], abs=1e-6)
-        assert first["recall"] == pytest.approx(row["rougeL_recall_first"], abs=1e-6)
+        assert abs(best["recall"] - row["rougeL_recall_max"]) <= 1e-6
+        assert abs(first["recall"] - row["rougeL_recall_first"]) <= 1e-6
         if task != "rolebench_zh":
-            assert best["first_f1"] == pytest.approx(row["rouge_score_rougeL_f_first"], abs=1e-6)
+            assert abs(best["first_f1"] - row["rouge_score_rougeL_f_first"]) <= 1e-6
 
 
 def test_rouge_by_hand():
