@@ -31,11 +31,11 @@ def _equation(rng: random.Random) -> str:
     """a + b, a - b or a * b with the sizes that word problems have."""
     sign = rng.choice("+-*")
     if sign == "*":
-        a, b = rng.randint(2, 19), rng.randint(2, 9)
+        a, b = rng.randint(2, 9), rng.randint(2, 9)
         return f"{a} * {b} = {a * b}" if a * b <= LARGEST else _equation(rng)
-    small = rng.randint(1, 40) if rng.random() < 0.7 else rng.randint(1, 90)
-    total = rng.randint(small + 1, LARGEST)
-    return f"{total - small} + {small} = {total}" if sign == "+" else f"{total} - {small} = {total - small}"
+    total = rng.randint(3, LARGEST)
+    part = rng.randint(1, total - 1)
+    return f"{total - part} + {part} = {total}" if sign == "+" else f"{total} - {part} = {total - part}"
 
 
 def _counted(rng: random.Random) -> str:
@@ -106,7 +106,7 @@ def _story(rng: random.Random) -> str:
 
 def _rearranged(rng: random.Random) -> str:
     """Words, and the same words changed in a named way."""
-    pool = words.ANIMALS + words.COLORS + words.THINGS + words.FOODS + words.ADJECTIVES
+    pool = words.NAMES + words.CITIES + words.DAYS + words.COLORS + words.THINGS + words.FOODS + words.ADJECTIVES
     chosen = rng.sample(pool, rng.randint(2, 5))
     line = " ".join(chosen)
     changes = {
@@ -128,8 +128,8 @@ def _rearranged(rng: random.Random) -> str:
 
 
 _KINDS: tuple[tuple[Part, float, tuple[int, int]], ...] = (
-    (_equation, 0.2, (8, 16)),
-    (_counted, 0.2, (2, 5)),
+    (_equation, 0.3, (8, 16)),
+    (_counted, 0.25, (2, 5)),
     (_expression, 0.2, (2, 4)),
     (_record, 0.2, (2, 4)),
     (_catalogue, 0.05, (1, 2)),

@@ -20,7 +20,7 @@ SYSTEM_PROMPTS = (
     "Work out the answer and write it after ####.",
 )
 SYSTEM_SHARE = 0.15
-LARGEST = 99
+LARGEST = 60
 _OPERATORS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
@@ -34,7 +34,7 @@ class Story:
     steps: tuple[tuple[str, str], ...]
 
 
-_FACTOR, _SMALL, _MORE = (2, 9), (2, 19), (11, 40)
+_FACTOR, _SMALL, _MORE = (2, 9), (2, 15), (11, 40)
 
 STORIES = (
     Story(
@@ -85,7 +85,7 @@ STORIES = (
         (("a - b", "{friend} has {eq} {things}."), ("r1 + a", "Together that is {eq} {things}.")),
     ),
     Story(
-        {"a": _FACTOR, "b": _FACTOR, "c": (20, 90)},
+        {"a": _FACTOR, "b": _FACTOR, "c": (10, 60)},
         (
             "A pack of {things} costs {a} dollars. {name} buys {b} packs and pays with {c} dollars.",
             "{name} has {c} dollars and buys {b} packs of {things} for {a} dollars each.",
