@@ -1,9 +1,9 @@
-"""The CPU backend: compiled scan and conv (cpu_scan.py; torch alone without a compiler), attention on query blocks."""
+"""The CPU backend: compiled scan and conv (torch alone without a compiler), attention in blocks of queries."""
 
 from __future__ import annotations
 
 from hymba_tune.model.ops import cpu_library, cpu_scan, portable
-from hymba_tune.model.ops.reference import segment_attention
+from hymba_tune.model.ops.cpu_attention import segment_attention
 
 __all__ = ["DEVICES", "available", "causal_conv1d", "segment_attention", "selective_scan"]
 
@@ -26,7 +26,7 @@ causal_conv1d = cpu_scan.causal_conv1d if _PROBLEM is None else portable.causal_
 def available(op: str) -> tuple[bool, str]:
     """Always; the reason names the technique."""
     if op == "segment_attention":
-        return True, "blocks of queries against the keys that they may see"
+        return True, "matrix products over blocks of queries and the keys that they may see"
     if _PROBLEM is None:
         return True, f"C kernels compiled by {cpu_library.find_compiler()}"
     return True, f"torch in chunks, several times slower than the C kernels: {_PROBLEM}"

@@ -32,13 +32,13 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """Torch only; see reference.selective_scan."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    lengths = cu_seqlens.diff().tolist()
+    lengths, wide_x = cu_seqlens.diff().tolist(), x.to(dtype)
     delta = F.softplus(dt.to(dtype), threshold=LINEAR_SOFTPLUS)
     shape = (len(lengths), *A.shape)
     state = x.new_zeros(shape, dtype=dtype) if initial_state is None else initial_state.to(dtype).expand(shape)
-    padded = [pad(t.to(dtype), lengths) for t in (delta, x, B, C)]
+    padded = [pad(t.to(dtype), lengths) for t in (delta, wide_x, B, C)]
     y, final = _Recurrence.apply(*padded, A.to(dtype), state)
-    y = unpad(y.unbind(), lengths, like=delta) + D.to(dtype) * x.to(dtype)
+    y = unpad(y.unbind(), lengths, like=delta) + D.to(dtype) * wide_x
     return (y * F.silu(gate.to(dtype))).to(x.dtype), final
 
 
@@ -50,18 +50,20 @@ def causal_conv1d(
     channels, taps = weight.shape
     segments, tokens = len(cu_seqlens) - 1, len(x)
     shape = (segments, channels, taps)
-    initial = x.new_zeros(shape) if initial_state is None else initial_state.to(x.dtype).expand(shape)
+    initial = x.new_zeros(shape) if initial_state is None else initial_state.expand(shape)
     position, segment = torch.arange(tokens), torch.arange(segments)
     # Segment s starts at cu_seqlens[s] + s * taps of the history, its tokens `taps` later.
     starts = cu_seqlens[:-1] + segment * taps
     slots = position + (torch.bucketize(position, cu_seqlens[1:], right=True) + 1) * taps
     before = (starts.unsqueeze(1) + torch.arange(taps)).flatten()
-    history = x.new_empty(tokens + segments * taps, channels)
-    history = history.index_copy(0, before, initial.transpose(1, 2).flatten(0, 1)).index_copy(0, slots, x)
-    padded = F.pad(history.to(dtype).t(), (taps - 1, 0))
+    history = x.new_empty(tokens + segments * taps, channels, dtype=dtype)
+    history = history.index_copy(0, slots, x.to(dtype)).index_copy(
+        0, before, initial.to(dtype).transpose(1, 2).flatten(0, 1)
+    )
+    padded = F.pad(history.t(), (taps - 1, 0))
     y = F.conv1d(padded, weight.to(dtype).unsqueeze(1), bias.to(dtype), groups=channels).t()[slots]
     last = (cu_seqlens[1:] + segment * taps).unsqueeze(1) + torch.arange(taps)
-    return F.silu(y).to(x.dtype), history[last].transpose(1, 2)
+    return F.silu(y).to(x.dtype), history[last].transpose(1, 2).to(x.dtype)
 
 
 class _Recurrence(torch.autograd.Function):

@@ -47,9 +47,10 @@ def selective_scan(
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     lengths = cu_seqlens.diff().tolist()
+    wide_x = x.to(dtype)
     delta = F.softplus(dt.to(dtype), threshold=LINEAR_SOFTPLUS)
     # A padded step has delta = 0: the state is multiplied by exp(0) = 1, 0 added; each segment keeps its last state.
-    delta_LSD, x_LSD, B_LSN, C_LSN = (pad(t, lengths) for t in (delta, x.to(dtype), B.to(dtype), C.to(dtype)))
+    delta_LSD, x_LSD, B_LSN, C_LSN = (pad(t, lengths) for t in (delta, wide_x, B.to(dtype), C.to(dtype)))
     decay = torch.exp(delta_LSD.unsqueeze(-1) * A.to(dtype))
     drive = (delta_LSD * x_LSD).unsqueeze(-1) * B_LSN.unsqueeze(2)
 
@@ -59,7 +60,7 @@ def selective_scan(
         state = decay_t * state + drive_t
         outputs.append((state * C_t).sum(-1))
     y = unpad(outputs, lengths, like=delta)
-    y = (y + D.to(dtype) * x.to(dtype)) * F.silu(gate.to(dtype))
+    y = (y + D.to(dtype) * wide_x) * F.silu(gate.to(dtype))
     return y.to(x.dtype), state
 
 
@@ -79,15 +80,15 @@ def causal_conv1d(
     dtype = torch.promote_types(x.dtype, torch.float32)
     channels, taps = weight.shape
     kernel, bias = weight.to(dtype).unsqueeze(1), bias.to(dtype)
-    segments = x.split(cu_seqlens.diff().tolist())
-    initial = _initial(initial_state, (len(segments), channels, taps), x).to(x.dtype)
+    segments = x.to(dtype).split(cu_seqlens.diff().tolist())
+    initial = _initial(initial_state, (len(segments), channels, taps), x).to(dtype)
     outputs, finals = [x[:0].to(dtype)], [initial[:0]]
     for segment, before in zip(segments, initial, strict=True):
         history = torch.cat([before, segment.t()], dim=1)
-        y = F.conv1d(history.to(dtype), kernel, bias, groups=channels)
+        y = F.conv1d(history, kernel, bias, groups=channels)
         outputs.append(F.silu(y[:, 1:].t()))
         finals.append(history[:, history.shape[1] - taps :].unsqueeze(0))
-    return torch.cat(outputs).to(x.dtype), torch.cat(finals)
+    return torch.cat(outputs).to(x.dtype), torch.cat(finals).to(x.dtype)
 
 
 def segment_attention(
