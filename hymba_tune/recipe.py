@@ -39,6 +39,7 @@ class ModelSection(_Section):
     """
 
     source: str = Field(alias="from")
+    handoff: Literal["merge", "continue", "stack"] | None = None
     config: dict[str, Any] | None = None
     tokenizer: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -262,8 +263,15 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[Location, str]]:
     for key in model.config or {}:
         if key not in CONFIG:
             yield ("model", "config", key), unknown_key(key, list(CONFIG), "a key of HymbaConfig")
+    if model.handoff == "stack" and recipe.adapter is None:
+        yield ("model", "handoff"), "stack needs an adapter section: what is stacked is an adapter"
+    if model.handoff == "continue" and recipe.adapter is not None:
+        yield ("model", "handoff"), "continue trains the adapter that is there; set adapter to null"
     if recipe.method == "dpo" and recipe.data.packing != "none":
         yield ("data", "packing"), f"{recipe.data.packing}: preference pairs are not packed; set it to none"
+    dropout = recipe.adapter.dropout if recipe.adapter else 0
+    if recipe.method == "dpo" and dropout and (trainer.model_extra or {}).get("disable_dropout", True):
+        yield ("adapter", "dropout"), f"{dropout}: DPO switches dropout off; set it to 0, or trainer.disable_dropout: false"
     if launch.config == "single" and launch.processes != 1:
         yield ("launch", "processes"), f"{launch.processes}: launch.config single is one process"
     rows = trainer.per_device_train_batch_size * launch.processes

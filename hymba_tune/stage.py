@@ -23,11 +23,10 @@ from rich.progress import Progress, TaskID
 from hymba_tune.errors import UserError
 from hymba_tune.recipe import Recipe
 from hymba_tune.run_dir import Moment, RunDir
+from hymba_tune.weights import Weights, find_weights, folder_fingerprint, load_weights, stage_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-    from hymba_tune.model import HymbaForCausalLM
 
 console = Console(stderr=True)
 
@@ -132,37 +131,20 @@ def _fingerprint(recipe: Recipe) -> str:
 
     digest = hashlib.sha256(json.dumps(_trained_by(recipe), sort_keys=True).encode())
     digest.update(mix_fingerprint(load_mix(recipe.data.mix)).encode())
-    for folder in _local_folders(recipe):
-        for file in sorted(folder.glob("*")):
-            if file.is_file() and file.suffix != ".md":
-                digest.update(file.name.encode())
-                with file.open("rb") as handle:
-                    digest.update(hashlib.file_digest(handle, "sha256").digest())
+    weights = stage_weights(recipe)
+    if weights is not None:
+        digest.update(weights.fingerprint().encode())
+    tokenizer = Path(_tokenizer_name(recipe))
+    if tokenizer.is_dir() and (weights is None or str(tokenizer) != weights.source):
+        digest.update(folder_fingerprint(tokenizer).encode())
     return digest.hexdigest()
 
 
-def _local_folders(recipe: Recipe) -> list[Path]:
-    names = [_weights(recipe), _tokenizer_name(recipe)]
-    folders = [Path(name) for name in names if name is not None]
-    return list(dict.fromkeys(folder for folder in folders if folder.is_dir()))
-
-
-def _weights(recipe: Recipe) -> str | None:
-    """The folder or hub id to start from, None for random weights."""
-    return None if recipe.model.source == "scratch" else _embedded(recipe.model.source)
-
-
 def _tokenizer_name(recipe: Recipe) -> str:
-    return _embedded(recipe.model.tokenizer or recipe.model.source)
-
-
-def _embedded(name: str) -> str:
-    """`tiny` as the folder it stands for."""
-    if name != "tiny":
-        return name
-    from hymba_tune.tiny import tiny_path
-
-    return str(tiny_path())
+    """The folder or hub id of the tokenizer: the recipe's, else that of the weights."""
+    weights = stage_weights(recipe) if recipe.model.tokenizer is None else find_weights(recipe.model.tokenizer)
+    assert weights is not None
+    return weights.source
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -199,39 +181,62 @@ def _prepare_data(recipe: Recipe, run: RunDir) -> None:
     run.write_json(run.data, record)
 
 
-def _start_model(recipe: Recipe, run: RunDir) -> HymbaForCausalLM:
-    """The weights that the stage starts from, float32: trainable masters whatever the compute dtype."""
-    from hymba_tune.model import HymbaConfig, HymbaForCausalLM, load_model
-
-    weights = _weights(recipe)
+def _start_weights(recipe: Recipe, run: RunDir) -> Weights:
+    """The weights on disk that the stage starts from; random ones are made and kept."""
+    weights = stage_weights(recipe)
     if weights is not None:
-        return load_model(weights)
-    if not run.initial.exists():
-        from transformers import set_seed
+        return weights
+    from transformers import set_seed
 
+    from hymba_tune.model import HymbaConfig, HymbaForCausalLM
+
+    if not run.initial.exists():
         set_seed(recipe.data.seed)
         _save_whole(HymbaForCausalLM(HymbaConfig(**(recipe.model.config or {}))), run.initial)
-    return load_model(run.initial)
+    return Weights(str(run.initial))
+
+
+def _trainable(recipe: Recipe, run: RunDir, tokenizer: PreTrainedTokenizerFast) -> Any:
+    """The model to train: float32 masters whatever the compute dtype; only the adapter learns where there is one.
+
+    An adapter of the stage before is folded in (merge; kept on disk where a new adapter will refer to it), trained on
+    (continue), or folded in in memory under the new one, which names it as its base (stack).
+    """
+    from transformers import set_seed
+
+    from hymba_tune.model.adapter import attach_adapter, load_adapter
+
+    weights, settings = _start_weights(recipe, run), recipe.adapter
+    set_seed(recipe.data.seed)
+    if recipe.model.handoff == "continue":
+        *below, last = weights.adapters
+        return load_adapter(load_weights(Weights(weights.base, tuple(below))), last, trainable=True)
+    model = load_weights(weights)
+    if settings is None:
+        return model
+    base = weights.source
+    if weights.adapters and recipe.model.handoff == "merge":
+        base = str(run.initial)
+        if not run.initial.exists():
+            _save_whole(model, run.initial, tokenizer)
+    adapted = attach_adapter(
+        model, settings.type, settings.r, settings.alpha, settings.dropout, settings.targets, base=base
+    )
+    set_seed(recipe.data.seed)
+    return adapted
 
 
 def _train(recipe: Recipe, run: RunDir) -> None:
-    from transformers import set_seed
-
     from hymba_tune.data.chat import load_tokenizer
     from hymba_tune.data.packing import load_rows
-    from hymba_tune.model.adapter import attach_adapter
     from hymba_tune.training.sft import train_sft
 
     tokenizer = load_tokenizer(_tokenizer_name(recipe))
     rows, _ = load_rows(run.rows)
     validation = load_rows(run.validation_rows)[0] if recipe.data.validation else None
-    model: Any = _start_model(recipe, run)
-    set_seed(recipe.data.seed)
-    adapter = recipe.adapter
-    if adapter is not None:
-        model = attach_adapter(model, adapter.type, adapter.r, adapter.alpha, adapter.dropout, adapter.targets)
+    model = _trainable(recipe, run, tokenizer)
     trained = train_sft(recipe, model, tokenizer, rows, validation, run.metrics, run.checkpoints)
-    _save_whole(trained, run.adapter if adapter else run.model, tokenizer)
+    _save_whole(trained, run.adapter if hasattr(trained, "peft_config") else run.model, tokenizer)
     shutil.rmtree(run.checkpoints, ignore_errors=True)
 
 
@@ -250,21 +255,11 @@ def _evaluate(recipe: Recipe, run: RunDir, moment: Moment) -> None:
     """Score the start weights or the trained ones, read back from disk as a user would get them."""
     from hymba_tune.data.chat import load_tokenizer
     from hymba_tune.evaluation.suite import run_suite
-    from hymba_tune.model import load_model
 
     settings = recipe.eval
     if not settings.suites:
         return
-    trained = moment == "after"
-    if trained and recipe.adapter is None:
-        model = load_model(run.model)
-    else:
-        model = _start_model(recipe, run)
-        if trained:
-            from hymba_tune.model.adapter import load_adapter, merge_adapter
-
-            model = merge_adapter(load_adapter(model, run.adapter))
-    folder = (run.adapter if recipe.adapter else run.model) if trained else _tokenizer_name(recipe)
+    weights = find_weights(str(run.path)) if moment == "after" else _start_weights(recipe, run)
     with Progress(console=console, transient=True) as bar:
         bars: dict[str, TaskID] = {}
 
@@ -274,8 +269,8 @@ def _evaluate(recipe: Recipe, run: RunDir, moment: Moment) -> None:
             bar.update(bars[task], completed=finished)
 
         run_suite(
-            model.eval(),
-            load_tokenizer(folder),
+            load_weights(weights).eval(),
+            load_tokenizer(weights.source if moment == "after" else _tokenizer_name(recipe)),
             settings.suites,
             run.evaluation(moment),
             limit=settings.limit,

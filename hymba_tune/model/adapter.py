@@ -29,11 +29,13 @@ def attach_adapter(
     alpha: int = 32,
     dropout: float = 0.0,
     targets: Sequence[str] = DEFAULT_TARGETS,
+    base: str | None = None,
 ) -> PeftModel:
     """The model with a fresh adapter on `targets` of every layer; only the adapter is trained.
 
     Args:
         kind: "dora" (weight-decomposed, arXiv 2402.09353) or "lora".
+        base: what the saved adapter names as the weights it belongs to; default: where the model was loaded from.
 
     Raises:
         UserError: a target matches nothing, or not in every layer, or can't be adapted.
@@ -49,6 +51,8 @@ def attach_adapter(
     )
     adapted = get_peft_model(model, config)
     _check_attached(adapted, model.config, targets)
+    if base is not None:
+        adapted.peft_config["default"].base_model_name_or_path = base
     return adapted
 
 

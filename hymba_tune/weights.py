@@ -1,0 +1,122 @@
+"""Names of weights -> folders -> a model: checkpoints, adapters, run directories, hub ids, `tiny`, `stage:NAME`.
+
+An adapter remembers the folder it was trained on; where that is an adapter too, they are folded in one after the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hymba_tune.errors import UserError
+from hymba_tune.recipe import Recipe
+from hymba_tune.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from hymba_tune.model import HymbaForCausalLM
+
+STAGE_PREFIX = "stage:"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A full checkpoint (folder or hub id), and the adapters that go on it in this order."""
+
+    base: str
+    adapters: tuple[Path, ...] = ()
+
+    @property
+    def source(self) -> str:
+        """The folder or hub id that was named: the last adapter's, else the checkpoint's; the tokenizer lies there."""
+        return str(self.adapters[-1]) if self.adapters else self.base
+
+    def fingerprint(self) -> str:
+        """sha256 over the files of local folders, over the name of a hub id."""
+        digest = hashlib.sha256()
+        for part in (self.base, *map(str, self.adapters)):
+            digest.update(folder_fingerprint(Path(part)).encode() if Path(part).is_dir() else part.encode())
+        return digest.hexdigest()
+
+
+def find_weights(name: str) -> Weights:
+    """What a user's name stands for: a checkpoint, adapter or run folder, a hub id, or `tiny`.
+
+    Raises:
+        UserError: a run that has no weights yet, or adapters that name each other as their base.
+    """
+    adapters: list[Path] = []
+    folder = _folder(name)
+    while (Path(folder) / "adapter_config.json").exists():
+        if Path(folder) in adapters:
+            raise UserError(f"{name}: {folder} is an adapter on itself; mend base_model_name_or_path in its config")
+        adapters.insert(0, Path(folder))
+        settings = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+        folder = _folder(settings["base_model_name_or_path"])
+    return Weights(folder, tuple(adapters))
+
+
+def stage_weights(recipe: Recipe) -> Weights | None:
+    """The weights that a recipe starts from; None for random ones (`from: scratch`).
+
+    Raises:
+        UserError: the stage before has no weights, or left an adapter and the recipe does not say what becomes of it.
+    """
+    source, handoff = recipe.model.source, recipe.model.handoff
+    if source == "scratch":
+        return None
+    if source.startswith(STAGE_PREFIX):
+        folder = Path(recipe.output.dir).parent / source.removeprefix(STAGE_PREFIX)
+        run = RunDir(folder)
+        if not (run.model.exists() or run.adapter.exists()):
+            raise UserError(f"model.from: {source}: {folder} holds no finished run; run that stage first")
+        source = str(folder)
+    weights = find_weights(source)
+    if weights.adapters and handoff is None:
+        raise UserError(
+            f"model.from: {recipe.model.source} is an adapter; set model.handoff to merge (fold it in), continue "
+            "(train it on) or stack (train another on top)"
+        )
+    if handoff == "continue" and not weights.adapters:
+        raise UserError(f"model.handoff: continue, but {recipe.model.source} has no adapter; leave handoff out")
+    return weights
+
+
+def load_weights(weights: Weights, device: Any = "cpu") -> HymbaForCausalLM:
+    """The model in float32, every adapter folded in."""
+    from hymba_tune.model import load_model
+
+    model = load_model(weights.base, device=device)
+    for adapter in weights.adapters:
+        from hymba_tune.model.adapter import load_adapter, merge_adapter
+
+        model = merge_adapter(load_adapter(model, adapter))
+    return model
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """sha256 over the names and bytes of a folder's files, model cards left out."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*")):
+        if file.is_file() and file.suffix != ".md":
+            digest.update(file.name.encode())
+            with file.open("rb") as handle:
+                digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _folder(name: str) -> str:
+    """The folder or hub id behind a name; of a run directory its adapter or model."""
+    if name == "tiny":
+        from hymba_tune.tiny import tiny_path
+
+        return str(tiny_path())
+    run = RunDir(name)
+    if not run.recipe.exists():
+        return name
+    for part in (run.adapter, run.model):
+        if part.exists():
+            return str(part)
+    raise UserError(f"{name}: this run has no weights yet; the command that started it goes on with it")
