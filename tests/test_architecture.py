@@ -32,7 +32,8 @@ ARROWS: dict[str, set[str]] = {
     "training": {"recipe", "run_dir", "data", "model"},
     "evaluation": {"recipe", "run_dir", "data", "model"},
     "report": {"run_dir"},
-    "evaluate": {"run_dir", "data", "model", "tiny", "evaluation"},
+    "weights": {"recipe", "run_dir", "model", "tiny"},
+    "evaluate": {"data", "model", "weights", "evaluation"},
 }
 SEES_ALL = {"cli", "pipeline", "stage"}
 
