@@ -81,12 +81,14 @@ def test_the_token_id_of_padding_is_an_ordinary_token(tiny: HymbaForCausalLM) ->
     """The official config's pad id and its tokenizer's differ, and trainers rewrite the config's."""
     ids = random_ids(1, 7)
     ids[0, 3] = 0
-    with torch.no_grad():
-        before = tiny(ids).logits
-        tiny.config.pad_token_id = int(ids[0, 2])
-        assert torch.equal(tiny(ids).logits, before)
-        tiny.get_parameter("model.embed_tokens.weight")[0] += 1
-        assert not torch.equal(tiny(ids).logits[0, 3], before[0, 3])
+    before = tiny(ids).logits
+    embedding = tiny.get_parameter("model.embed_tokens.weight")
+    (slope,) = torch.autograd.grad(tiny.model(ids).last_hidden_state.sum(), embedding)
+    assert slope[0].abs().sum() > 0
+    tiny.config.pad_token_id = int(ids[0, 2])
+    assert torch.equal(tiny(ids).logits, before)
+    embedding.data[0] += 1
+    assert not torch.equal(tiny(ids).logits[0, 3], before[0, 3])
 
 
 def test_the_same_forward_twice_is_bit_equal(model: HymbaForCausalLM) -> None:

@@ -49,11 +49,17 @@ def test_greedy_answers_of_a_left_padded_batch_are_those_of_each_prompt_alone(mo
 
 
 def test_each_step_gets_the_last_tokens_alone_and_nothing_is_computed_twice(tiny: HymbaForCausalLM) -> None:
-    widths: list[int] = []
-    hook = tiny.model.embed_tokens.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
+    embedded: list[int] = []
+    scored: list[int] = []
+    hooks = [
+        tiny.model.embed_tokens.register_forward_pre_hook(lambda module, args: embedded.append(args[0].shape[1])),
+        tiny.lm_head.register_forward_pre_hook(lambda module, args: scored.append(args[0].shape[1])),
+    ]
     generate(tiny, random_ids(2, 5), max_new_tokens=4)
-    hook.remove()
-    assert widths == [5, 1, 1, 1]
+    for hook in hooks:
+        hook.remove()
+    assert embedded == [5, 1, 1, 1]
+    assert scored == [1, 1, 1, 1]
 
 
 MODES: dict[str, dict[str, Any]] = {
