@@ -104,8 +104,7 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, prefix_k, prefix_v)
         ctx.boundaries, ctx.window = boundaries, window
-        out = _Heads(q, k, v, prefix_k, prefix_v).forward(plan(boundaries, window))
-        return _from_rows(out, q.shape[1])
+        return _Heads(q, k, v, prefix_k, prefix_v).forward(plan(boundaries, window))
 
     @staticmethod
     @once_differentiable
@@ -114,105 +113,81 @@ class _Attention(torch.autograd.Function):
         # A backward pass may run inside an autocast block too.
         with torch.autocast("cpu", enabled=False):
             heads = _Heads(q, k, v, prefix_k, prefix_v)
-            grad_queries, grad_keys, grad_values = heads.backward(grad_out, plan(ctx.boundaries, ctx.window))
-        grad_q = _from_rows(grad_queries, q.shape[1]).to(q.dtype)
+            grad_q, grad_keys, grad_values = heads.backward(grad_out, plan(ctx.boundaries, ctx.window))
         grad_prefix_k, grad_k = grad_keys.transpose(0, 1).to(k.dtype).split([len(prefix_k), len(k)])
         grad_prefix_v, grad_v = grad_values.transpose(0, 1).to(v.dtype).split([len(prefix_v), len(v)])
         return grad_q, grad_k, grad_v, grad_prefix_k, grad_prefix_v, None, None
 
 
 class _Heads:
-    """The operands as one matrix a key/value head: queries (Hkv, T * G, d), scaled; keys (Hkv, P + T, d); values."""
+    """The operands, keys and values as one matrix a key/value head: (Hkv, P + T, d) and (Hkv, P + T, dv).
+
+    oneDNN multiplies nothing but whole contiguous tensors (others are copied in every product), so a block copies its
+    queries and its range of keys and values once.
+    """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> None:
-        self.dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
-        self.scale = q.shape[-1] ** -0.5
-        self.group, self.prefix = q.shape[1] // k.shape[1], len(prefix_k)
-        self.queries = _to_rows(q, k.shape[1]).to(wide) * self.scale
-        self.keys = torch.cat([prefix_k, k]).transpose(0, 1).contiguous().to(wide)
-        self.values = torch.cat([prefix_v, v]).transpose(0, 1).contiguous()
+        self.q, self.prefix = q, len(prefix_k)
+        self.scale, self.group = q.shape[-1] ** -0.5, q.shape[1] // k.shape[1]
+        self.wide = torch.promote_types(q.dtype, torch.float32)
+        self.keys, self.values = (
+            torch.cat(pair).transpose(0, 1).contiguous() for pair in ((prefix_k, k), (prefix_v, v))
+        )
 
     def forward(self, blocks: tuple[Block, ...]) -> Tensor:
-        """-> (Hkv, T * G, dv)"""
-        out = self.values.new_empty(*self.queries.shape[:2], self.values.shape[2])
+        """-> (T, H, dv)"""
+        out = self.q.new_empty(*self.q.shape[:2], self.values.shape[2])
         for block in blocks:
-            rows, ranges = self._rows(block), self._ranges(block)
-            weights = self._weights(block).to(self.dtype)
-            _sum_over_ranges(out[:, rows], weights, self.values, ranges)
+            weights = self._weights(block, self._queries(block), self._seen(self.keys, block))
+            values = self._seen(self.values, block)
+            out[block.start : block.stop] = self._by_token(weights.to(out.dtype) @ values)
         return out
 
     def backward(self, grad_out: Tensor, blocks: tuple[Block, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q (Hkv, T * G, d), and in float32 at least of keys and values, prefix first."""
-        grad_rows = _to_rows(grad_out, len(self.keys))
-        queries, keys = self.queries.to(self.dtype), self.keys.to(self.dtype)
-        grad_queries = torch.empty_like(queries)
-        grad_keys = torch.zeros_like(self.keys)
-        grad_values = torch.zeros_like(self.values, dtype=self.keys.dtype)
+        """Gradients of q (T, H, d), and of keys and values, prefix first, in float32 at least."""
+        dtype = self.q.dtype
+        grad_q = torch.empty_like(self.q)
+        grad_keys, grad_values = (torch.zeros_like(t, dtype=self.wide) for t in (self.keys, self.values))
         for block in blocks:
-            rows, ranges = self._rows(block), self._ranges(block)
-            weights = self._weights(block)
-            grad_weights = _against_ranges(grad_rows[:, rows], self.values, ranges).to(weights.dtype)
-            _add_to_ranges(grad_values, weights.to(self.dtype), grad_rows[:, rows], ranges)
+            queries, keys, values = self._queries(block), self._seen(self.keys, block), self._seen(self.values, block)
+            weights = self._weights(block, queries, keys)
+            grad_rows = self._rows(grad_out, block)
+            self._accumulate(grad_values, block, weights.to(dtype).mT @ grad_rows)
+            grad_weights = (grad_rows @ values.mT).to(self.wide)
             # (grad_weights - sum(grad_weights * weights)) * weights
-            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype).to(self.dtype)
-            _sum_over_ranges(grad_queries[:, rows], grad_scores, keys, ranges)
-            _add_to_ranges(grad_keys, grad_scores, queries[:, rows], ranges)
-        return grad_queries.mul_(self.scale), grad_keys, grad_values
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, self.wide).to(dtype)
+            self._accumulate(grad_keys, block, grad_scores.mT @ queries)
+            grad_q[block.start : block.stop] = self._by_token(grad_scores @ keys).mul_(self.scale)
+        return grad_q, grad_keys, grad_values
 
-    def _rows(self, block: Block) -> slice:
-        return slice(block.start * self.group, block.stop * self.group)
-
-    def _ranges(self, block: Block) -> tuple[slice, ...]:
-        """Of the prefix and the tokens, end to end: what a block scores."""
-        seen = slice(self.prefix + block.first_key, self.prefix + block.stop)
-        if self.prefix == 0:
-            return (seen,)
-        return (slice(0, seen.stop),) if block.first_key == 0 else (slice(0, self.prefix), seen)
-
-    def _weights(self, block: Block) -> Tensor:
+    def _weights(self, block: Block, queries: Tensor, keys: Tensor) -> Tensor:
         """softmax of a block's scores (Hkv, n * G, prefix + keys)"""
-        scores = _against_ranges(self.queries[:, self._rows(block)], self.keys, self._ranges(block))
+        scores = queries.to(self.wide) @ keys.to(self.wide).mT
         by_query = scores.unflatten(1, (-1, self.group))
         for strip in block.strips:
             by_query[..., self.prefix + strip.start : self.prefix + strip.stop] += strip.bias
         return torch.softmax(scores, -1, out=scores)
 
+    def _queries(self, block: Block) -> Tensor:
+        """(Hkv, n * G, d), scaled"""
+        return self._rows(self.q, block).mul_(self.scale)
 
-def _to_rows(t: Tensor, kv_heads: int) -> Tensor:
-    """(T, H, n) -> (Hkv, T * G, n), a copy"""
-    return t.unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1, 2)
+    def _rows(self, t: Tensor, block: Block) -> Tensor:
+        """A block of t (T, H, x) as a new tensor (Hkv, n * G, x)"""
+        by_head = t[block.start : block.stop].unflatten(1, (-1, self.group)).transpose(0, 1)
+        return by_head.clone(memory_format=torch.contiguous_format).flatten(1, 2)
 
+    def _by_token(self, rows: Tensor) -> Tensor:
+        """(Hkv, n * G, x) -> (n, H, x)"""
+        return rows.unflatten(1, (-1, self.group)).transpose(0, 1).flatten(1, 2)
 
-def _from_rows(rows: Tensor, heads: int) -> Tensor:
-    """(Hkv, T * G, n) -> (T, H, n), a copy"""
-    return rows.unflatten(1, (-1, heads // len(rows))).transpose(0, 1).flatten(1, 2)
+    def _seen(self, matrix: Tensor, block: Block) -> Tensor:
+        """What a block scores of matrix (Hkv, P + T, x): the prefix, then its range of keys."""
+        return torch.cat(
+            [matrix[:, : self.prefix], matrix[:, self.prefix + block.first_key : self.prefix + block.stop]], 1
+        )
 
-
-def _against_ranges(rows: Tensor, matrix: Tensor, ranges: tuple[slice, ...]) -> Tensor:
-    """rows (Hkv, n, x) times the ranges of matrix (Hkv, m, x), transposed -> (Hkv, n, all ranges end to end)"""
-    if len(ranges) == 1:
-        return torch.bmm(rows, matrix[:, ranges[0]].mT)
-    product = rows.new_empty(*rows.shape[:2], sum(r.stop - r.start for r in ranges))
-    for columns, r in _split(product, ranges):
-        torch.bmm(rows, matrix[:, r].mT, out=columns)
-    return product
-
-
-def _sum_over_ranges(out: Tensor, weights: Tensor, matrix: Tensor, ranges: tuple[slice, ...]) -> None:
-    """out (Hkv, n, x) = weights (Hkv, n, all ranges) times the ranges of matrix (Hkv, m, x)"""
-    (columns, r), *others = _split(weights, ranges)
-    torch.bmm(columns, matrix[:, r], out=out)
-    for columns, r in others:
-        out.baddbmm_(columns, matrix[:, r])
-
-
-def _add_to_ranges(out: Tensor, weights: Tensor, rows: Tensor, ranges: tuple[slice, ...]) -> None:
-    """ranges of out (Hkv, m, x) += weights (Hkv, n, all ranges), transposed, times rows (Hkv, n, x)"""
-    for columns, r in _split(weights, ranges):
-        out[:, r] += torch.bmm(columns.mT, rows)
-
-
-def _split(weights: Tensor, ranges: tuple[slice, ...]) -> list[tuple[Tensor, slice]]:
-    """The columns of weights that belong to each range."""
-    columns = weights.split([r.stop - r.start for r in ranges], dim=-1)
-    return list(zip(columns, ranges, strict=True))
+    def _accumulate(self, total: Tensor, block: Block, part: Tensor) -> None:
+        """Add what a block gives to the keys that it scores: the way back of _seen."""
+        total[:, : self.prefix] += part[:, : self.prefix]
+        total[:, self.prefix + block.first_key : self.prefix + block.stop] += part[:, self.prefix :]

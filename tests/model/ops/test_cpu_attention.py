@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from itertools import accumulate
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ AWKWARD = ([1], [63], [500], [1, 0, 63, 1, 130, 0, 305], [3] * 60)
 
 def operands(
     tokens: int, prefix: int | None, dtype: torch.dtype = torch.float64, heads: int = 4, kv_heads: int = 2, dv: int = 16
-) -> dict[str, Tensor | None]:
+) -> dict[str, Any]:
     """q, k, v and prefix_k, prefix_v (None without a prefix), 8 wide, to be differentiated."""
     generator = torch.Generator().manual_seed(tokens)
 
@@ -33,7 +35,7 @@ def boundaries(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)])
 
 
-def results(module, given: dict[str, Tensor | None], lengths: list[int], window: int | None) -> list[Tensor]:
+def results(module: ModuleType, given: dict[str, Any], lengths: list[int], window: int | None) -> list[Tensor]:
     """The output, then the gradient of every operand."""
     out = module.segment_attention(**given, cu_seqlens=boundaries(lengths), window=window)
     weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape).to(out.dtype)
@@ -106,7 +108,9 @@ def test_autocast_leaves_float32_operands_in_float32():
 def test_another_segments_tokens_leave_a_segment_bit_equal(dtype):
     lengths = [50, 100, 300]
     given = operands(sum(lengths), 5, dtype)
-    changed = {name: t if t is None else t.detach().clone().requires_grad_() for name, t in given.items()}
+    changed: dict[str, Any] = {
+        name: t if t is None else t.detach().clone().requires_grad_() for name, t in given.items()
+    }
     for name in ("q", "k", "v"):
         changed[name].data[:50] *= 30
     before, after = (results(cpu_attention, g, lengths, 64)[:4] for g in (given, changed))
