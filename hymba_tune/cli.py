@@ -70,20 +70,19 @@ def run(
     recipe: RecipeFile,
     overrides: Overrides = None,
     tiny: Tiny = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Start over where the run directory holds a run of another recipe.")
-    ] = False,
+    start: Annotated[str | None, typer.Option("--from", help="Run this stage and what depends on it anew.")] = None,
+    only: Annotated[str | None, typer.Option(help="Run no other stage.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Run everything anew, whatever the directory holds.")] = False,
 ) -> None:
-    """Run a recipe: data, training, evaluation, report. The same command again goes on where it was cut."""
+    """Run a recipe or a pipeline: data, training, scores, report. The same command again goes on where it was cut."""
     from hymba_tune.hub import check_hub
-    from hymba_tune.recipe import load_recipe
+    from hymba_tune.pipeline import load_pipeline, run_pipeline
 
-    loaded = load_recipe(recipe, overrides or (), tiny)
-    check_hub({"model.from": loaded.model.source, "model.tokenizer": loaded.model.tokenizer})
+    loaded = load_pipeline(recipe, overrides or (), tiny)
+    for stage in loaded.stages:
+        check_hub({"model.from": stage.model.source, "model.tokenizer": stage.model.tokenizer})
     try:
-        from hymba_tune.pipeline import run_recipe
-
-        run_recipe(loaded, force)
+        run_pipeline(loaded, start=start, only=only, force=force)
     except KeyboardInterrupt:
         print("\nstopped; the same command resumes", file=sys.stderr)
         raise typer.Exit(130) from None

@@ -1,12 +1,144 @@
-"""Stages in order. A recipe is one stage so far; what runs it is stage.py."""
+"""The stage graph: which recipes run, in which order, each from the one before.
+
+A pipeline file lists recipes; `model.from: stage:NAME` in them are the arrows. Each stage has its own run directory
+below the pipeline's, so what is finished is skipped, and what has changed runs anew with everything that depends on it
+(a stage's fingerprint holds the weights it starts from).
+"""
 
 from __future__ import annotations
 
-from hymba_tune.recipe import Recipe
+from collections.abc import Sequence
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from hymba_tune.errors import UserError
+from hymba_tune.paths import find
+from hymba_tune.recipe import OutputSection, Recipe, load_recipe
 from hymba_tune.run_dir import RunDir
-from hymba_tune.stage import run_stage
+from hymba_tune.weights import STAGE_PREFIX
+from hymba_tune.yaml_reader import read_yaml
 
 
-def run_recipe(recipe: Recipe, force: bool = False) -> RunDir:
-    """Run every stage of a recipe that is not finished yet; the last one's directory comes back."""
-    return run_stage(recipe, force)
+class _PipelineFile(BaseModel):
+    """stages: recipe files, relative to this one; output.dir: the folder that gets a run directory a stage."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    stages: list[str]
+    output: OutputSection = OutputSection(dir="runs/pipeline")
+    tiny: dict[str, OutputSection] = {}
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Checked recipes in the order in which they run. `folder` holds their runs; None for a recipe on its own."""
+
+    stages: list[Recipe]
+    folder: Path | None = None
+
+    def depending_on(self, name: str) -> set[str]:
+        """The stage called `name` and all that start, directly or not, from what it writes.
+
+        Raises:
+            UserError: there is no such stage.
+        """
+        if name not in (recipe.stage for recipe in self.stages):
+            raise UserError(f"no stage {name}; there are {', '.join(recipe.stage for recipe in self.stages)}")
+        found = {name}
+        for recipe in self.stages:
+            if _parent(recipe) in found:
+                found.add(recipe.stage)
+        return found
+
+
+def load_pipeline(path: str | Path, overrides: Sequence[str] = (), tiny: bool = False) -> Pipeline:
+    """A pipeline file or a single recipe, checked as a whole.
+
+    Args:
+        overrides: `section.key=value` for every stage, `STAGE.section.key=value` for one.
+
+    Raises:
+        UserError: a stage's recipe is wrong, two have the same name, or one starts from a stage that is not there.
+    """
+    file = find(str(path), [Path.cwd()]) or Path(path)
+    values, _ = read_yaml(file)
+    if "stages" not in values:
+        return Pipeline([load_recipe(path, overrides, tiny)])
+    try:
+        content = _PipelineFile.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(
+            f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}; see recipes/pipeline.yaml"
+        ) from None
+    given = [text.removeprefix("output.dir=") for text in overrides if text.startswith("output.dir=")]
+    output = content.tiny.get("output", content.output) if tiny else content.output
+    folder = Path(given[-1] if given else output.dir).absolute()
+    settings = [text for text in overrides if not text.startswith("output.dir=")]
+    recipes = [_load_stage(file.parent / name, settings, tiny, folder) for name in content.stages]
+    unknown = (
+        {text.split(".")[0] for text in settings} - {recipe.stage for recipe in recipes} - set(Recipe.model_fields)
+    )
+    if unknown:
+        raise UserError(f"{sorted(unknown)[0]}: neither a section of a recipe nor a stage of {file}")
+    return Pipeline(_in_order(recipes, file), folder)
+
+
+def run_pipeline(
+    pipeline: Pipeline, *, start: str | None = None, only: str | None = None, force: bool = False
+) -> list[RunDir]:
+    """Run what is not finished.
+
+    Args:
+        start: run this stage and what depends on it anew.
+        only: run no other stage.
+        force: run everything anew.
+    """
+    from hymba_tune.stage import run_stage
+
+    anew = pipeline.depending_on(start) if start else set()
+    if only is not None:
+        pipeline.depending_on(only)
+    runs = []
+    for recipe in pipeline.stages:
+        if only not in (None, recipe.stage):
+            continue
+        if force or recipe.stage in anew:
+            runs.append(run_stage(recipe, "anew"))
+        else:
+            runs.append(run_stage(recipe, "refuse" if pipeline.folder is None else "rerun"))
+    return runs
+
+
+def _load_stage(path: Path, overrides: Sequence[str], tiny: bool, folder: Path) -> Recipe:
+    """A recipe whose run lies in `folder`, with the overrides that are meant for it."""
+    name = load_recipe(path, (), tiny).stage
+    mine = [text.removeprefix(f"{name}.") for text in overrides]
+    sections = set(Recipe.model_fields)
+    mine = [text for text in mine if text.split("=")[0].split(".")[0] in sections]
+    return load_recipe(path, [*mine, f"output.dir={folder / name}"], tiny)
+
+
+def _in_order(recipes: Sequence[Recipe], file: Path) -> list[Recipe]:
+    """Parents before children, as listed otherwise."""
+    by_name = {recipe.stage: recipe for recipe in recipes}
+    if len(by_name) < len(recipes):
+        raise UserError(f"{file}: stages: two recipes have the same `stage` name; rename one")
+    for recipe in recipes:
+        parent = _parent(recipe)
+        if parent is not None and parent not in by_name:
+            raise UserError(f"{file}: {recipe.stage} starts from stage:{parent}, which is not listed; add its recipe")
+    graph = {recipe.stage: {parent} if (parent := _parent(recipe)) else set() for recipe in recipes}
+    try:
+        order = list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        raise UserError(f"{file}: stages start from each other: {' -> '.join(error.args[1])}") from None
+    return [by_name[name] for name in order]
+
+
+def _parent(recipe: Recipe) -> str | None:
+    source = recipe.model.source
+    return source.removeprefix(STAGE_PREFIX) if source.startswith(STAGE_PREFIX) else None

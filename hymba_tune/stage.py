@@ -23,7 +23,14 @@ from rich.progress import Progress, TaskID
 from hymba_tune.errors import UserError
 from hymba_tune.recipe import Recipe
 from hymba_tune.run_dir import Moment, RunDir
-from hymba_tune.weights import Weights, find_weights, folder_fingerprint, load_weights, stage_weights
+from hymba_tune.weights import (
+    Weights,
+    find_weights,
+    folder_fingerprint,
+    load_weights,
+    parent_run,
+    stage_weights,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -31,11 +38,12 @@ if TYPE_CHECKING:
 console = Console(stderr=True)
 
 
-def run_stage(recipe: Recipe, force: bool = False) -> RunDir:
+def run_stage(recipe: Recipe, earlier: Literal["refuse", "rerun", "anew"] = "refuse") -> RunDir:
     """Run what is not finished yet of a stage, and return its directory.
 
     Args:
-        force: start over where the directory holds another run.
+        earlier: what becomes of a run of another recipe (or of other data, or weights) in the directory: it is refused,
+            or replaced (rerun); `anew` replaces a run of the same recipe too.
 
     Raises:
         UserError: the recipe, its data or its weights can't be used, or the directory holds another run or is in use.
@@ -49,7 +57,7 @@ def run_stage(recipe: Recipe, force: bool = False) -> RunDir:
     fresh = not run.path.exists()
     with run.locked():
         try:
-            state = _begin(run, recipe, force)
+            state = _begin(run, recipe, earlier)
             ops.use_backend(recipe.model.backend)
             _fix_numerics(state)
             with _step(run, state, "data") as todo:
@@ -73,12 +81,12 @@ def run_stage(recipe: Recipe, force: bool = False) -> RunDir:
     return run
 
 
-def _begin(run: RunDir, recipe: Recipe, force: bool) -> dict[str, Any]:
+def _begin(run: RunDir, recipe: Recipe, earlier: str) -> dict[str, Any]:
     """The stage's state: fresh, or that of the same recipe cut or finished earlier."""
     fingerprint = _fingerprint(recipe)
     state: dict[str, Any] | None = run.read_json(run.state)
-    if state is not None and state["fingerprint"] != fingerprint:
-        if not force:
+    if state is not None and (state["fingerprint"] != fingerprint or earlier == "anew"):
+        if earlier == "refuse":
             changed = ", ".join(_differences(state["recipe"], _trained_by(recipe))) or "the files it starts from"
             raise UserError(
                 f"output.dir: {run.path} holds a run of another recipe (different: {changed}); "
@@ -259,6 +267,8 @@ def _evaluate(recipe: Recipe, run: RunDir, moment: Moment) -> None:
     settings = recipe.eval
     if not settings.suites:
         return
+    if moment == "before":
+        _borrow_scores(recipe, run)
     weights = find_weights(str(run.path)) if moment == "after" else _start_weights(recipe, run)
     with Progress(console=console, transient=True) as bar:
         bars: dict[str, TaskID] = {}
@@ -279,3 +289,10 @@ def _evaluate(recipe: Recipe, run: RunDir, moment: Moment) -> None:
             max_new_tokens=settings.max_new_tokens,
             progress=show,
         )
+
+
+def _borrow_scores(recipe: Recipe, run: RunDir) -> None:
+    """The scores after the stage before stand before this one: run_suite keeps of them what is still true."""
+    parent, here = parent_run(recipe), run.evaluation("before")
+    if parent is not None and parent.evaluation("after").exists() and not here.exists():
+        shutil.copytree(parent.evaluation("after"), here)

@@ -67,12 +67,11 @@ def stage_weights(recipe: Recipe) -> Weights | None:
     source, handoff = recipe.model.source, recipe.model.handoff
     if source == "scratch":
         return None
-    if source.startswith(STAGE_PREFIX):
-        folder = Path(recipe.output.dir).parent / source.removeprefix(STAGE_PREFIX)
-        run = RunDir(folder)
-        if not (run.model.exists() or run.adapter.exists()):
-            raise UserError(f"model.from: {source}: {folder} holds no finished run; run that stage first")
-        source = str(folder)
+    parent = parent_run(recipe)
+    if parent is not None:
+        if not (parent.model.exists() or parent.adapter.exists()):
+            raise UserError(f"model.from: {source}: {parent.path} holds no finished run; run that stage first")
+        source = str(parent.path)
     weights = find_weights(source)
     if weights.adapters and handoff is None:
         raise UserError(
@@ -82,6 +81,14 @@ def stage_weights(recipe: Recipe) -> Weights | None:
     if handoff == "continue" and not weights.adapters:
         raise UserError(f"model.handoff: continue, but {recipe.model.source} has no adapter; leave handoff out")
     return weights
+
+
+def parent_run(recipe: Recipe) -> RunDir | None:
+    """The run that a recipe starts from (`stage:NAME`): the folder of that name beside its own."""
+    source = recipe.model.source
+    if not source.startswith(STAGE_PREFIX):
+        return None
+    return RunDir(Path(recipe.output.dir).parent / source.removeprefix(STAGE_PREFIX))
 
 
 def load_weights(weights: Weights, device: Any = "cpu") -> HymbaForCausalLM:

@@ -14,9 +14,9 @@ import yaml
 from safetensors.torch import load_file
 
 from hymba_tune.errors import UserError
-from hymba_tune.pipeline import run_recipe
 from hymba_tune.recipe import load_recipe
 from hymba_tune.run_dir import RunDir
+from hymba_tune.stage import run_stage
 
 CONFIG = {
     "vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -60,7 +60,7 @@ def recipe_file(tmp_path: Path, small_tokenizer: Any) -> Path:
 
 
 def test_one_recipe_goes_all_the_way_and_a_second_start_does_nothing(recipe_file: Path) -> None:
-    run = run_recipe(load_recipe(recipe_file))
+    run = run_stage(load_recipe(recipe_file))
     assert load_recipe(run.recipe) == load_recipe(recipe_file)
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
@@ -70,12 +70,12 @@ def test_one_recipe_goes_all_the_way_and_a_second_start_does_nothing(recipe_file
     assert "tiny_math" in run.report.read_text()
     assert not run.checkpoints.exists()
     written = {path: path.stat().st_mtime_ns for path in run.model.iterdir()}
-    run_recipe(load_recipe(recipe_file))
+    run_stage(load_recipe(recipe_file))
     assert {path: path.stat().st_mtime_ns for path in run.model.iterdir()} == written
 
 
 def test_an_adapter_run_writes_an_adapter_that_evaluates(recipe_file: Path) -> None:
-    run = run_recipe(load_recipe(recipe_file, ["adapter={type: dora, r: 2, alpha: 4}", "trainer.max_steps=2"]))
+    run = run_stage(load_recipe(recipe_file, ["adapter={type: dora, r: 2, alpha: 4}", "trainer.max_steps=2"]))
     assert (run.adapter / "adapter_model.safetensors").exists()
     assert not run.model.exists()
     assert run.read_json(run.evaluation("after") / "tiny_math.json")["metrics"]
@@ -83,21 +83,21 @@ def test_an_adapter_run_writes_an_adapter_that_evaluates(recipe_file: Path) -> N
 
 def test_another_recipe_in_the_same_directory_is_refused_unless_forced(recipe_file: Path) -> None:
     short = ["trainer.max_steps=2", "eval.suites=[]"]
-    run_recipe(load_recipe(recipe_file, short))
+    run_stage(load_recipe(recipe_file, short))
     changed = load_recipe(recipe_file, [*short, "trainer.learning_rate=1e-3"])
     with pytest.raises(UserError, match=r"different: trainer.learning_rate.*--force"):
-        run_recipe(changed)
-    run = run_recipe(changed, force=True)
+        run_stage(changed)
+    run = run_stage(changed, "rerun")
     assert json.loads(run.metrics.read_text().splitlines()[-1])["step"] == 2
 
 
 def test_changed_data_is_another_run(recipe_file: Path) -> None:
     short = ["trainer.max_steps=2", "eval.suites=[]"]
-    run_recipe(load_recipe(recipe_file, short))
+    run_stage(load_recipe(recipe_file, short))
     chats = recipe_file.parent / "chats.jsonl"
     chats.write_text("".join(chats.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(UserError, match="different: the files it starts from"):
-        run_recipe(load_recipe(recipe_file, short))
+        run_stage(load_recipe(recipe_file, short))
 
 
 @pytest.mark.parametrize(
@@ -111,31 +111,31 @@ def test_broken_data_is_named_and_leaves_no_run(recipe_file: Path, line: str, me
     with (recipe_file.parent / "chats.jsonl").open("a") as file:
         file.write(line + "\n")
     with pytest.raises(UserError, match=message):
-        run_recipe(load_recipe(recipe_file))
+        run_stage(load_recipe(recipe_file))
     assert not (recipe_file.parent / "run").exists()
 
 
 def test_documents_longer_than_every_row_leave_no_run(recipe_file: Path) -> None:
     with pytest.raises(UserError, match=r"data\.max_length: 4"):
-        run_recipe(load_recipe(recipe_file, ["data.max_length=4"]))
+        run_stage(load_recipe(recipe_file, ["data.max_length=4"]))
     assert not (recipe_file.parent / "run").exists()
 
 
 def test_an_unknown_suite_is_refused_before_anything_is_written(recipe_file: Path) -> None:
     with pytest.raises(UserError, match=r"no suite or task nonsense"):
-        run_recipe(load_recipe(recipe_file, ["eval.suites=[nonsense]"]))
+        run_stage(load_recipe(recipe_file, ["eval.suites=[nonsense]"]))
     assert not (recipe_file.parent / "run").exists()
 
 
 def test_a_directory_in_use_is_refused(recipe_file: Path) -> None:
     recipe = load_recipe(recipe_file)
     with RunDir(recipe.output.dir).locked(), pytest.raises(UserError, match="in use by process"):
-        run_recipe(recipe)
+        run_stage(recipe)
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_weights(recipe_file: Path) -> None:
     settings = ["eval.suites=[]"]
-    whole = run_recipe(load_recipe(recipe_file, [*settings, f"output.dir={recipe_file.parent / 'whole'}"]))
+    whole = run_stage(load_recipe(recipe_file, [*settings, f"output.dir={recipe_file.parent / 'whole'}"]))
     recipe = load_recipe(recipe_file, settings)
     killed = RunDir(recipe.output.dir)
     command = [sys.executable, "-m", "hymba_tune.cli", "run", str(recipe_file), *settings]
@@ -148,7 +148,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(recipe_file: Path) 
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert "training" not in (killed.read_json(killed.state) or {"finished": []})["finished"]
-    run_recipe(recipe)
+    run_stage(recipe)
     for name, value in load_file(whole.model / "model.safetensors").items():
         assert value.equal(load_file(killed.model / "model.safetensors")[name]), name
     steps = [json.loads(line)["step"] for line in killed.metrics.read_text().splitlines()]

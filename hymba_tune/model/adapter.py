@@ -70,10 +70,10 @@ def load_adapter(model: HymbaForCausalLM, path: str | Path, trainable: bool = Fa
 
 
 def merge_adapter(model: PeftModel) -> HymbaForCausalLM:
-    """Plain weights with the adapter folded in; the adapter is gone from the returned model."""
+    """Plain trainable weights with the adapter folded in; the adapter is gone from the returned model."""
     merged = model.merge_and_unload(safe_merge=True)
     assert isinstance(merged, HymbaForCausalLM)
-    return merged
+    return merged.requires_grad_(True)
 
 
 def audit_gradients(model: nn.Module) -> None:
