@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
     from hymba_tune.model import HymbaConfig, HymbaForCausalLM
 
-VOCABULARY = 1536
+VOCABULARY = 1792
 ROW_TOKENS = 2048
 STEPS = 3000
 PEAK_LEARNING_RATE, LAST_LEARNING_RATE = 4e-3, 1e-5
 WARM_UP, DECAY = 0.01, 0.2
 """Shares of all steps (the paper's schedule: warm-up, stable, decay)."""
 
-# What counts as a word for the tokenizer. Chat markers, and the structure of JSON around keys, may become one token each:
+# What counts as a word for the tokenizer. Chat markers, and the structure of JSON around keys, may become one token:
 # short sequences are cheap. Digits stay single, so that arithmetic sees them.
 _WORDS = "|".join(
     (

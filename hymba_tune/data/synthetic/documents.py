@@ -104,6 +104,24 @@ def _story(rng: random.Random) -> str:
     return " ".join(rng.sample(sentences, rng.randint(2, 4)))
 
 
+def _speech(rng: random.Random) -> str:
+    """A plain fact, and how somebody with a manner of speaking says it."""
+    name, things, place = rng.choice(words.NAMES), rng.choice(words.THINGS), rng.choice(words.PLACES)
+    animal, color, food = rng.choice(words.ANIMALS), rng.choice(words.COLORS), rng.choice(words.FOODS)
+    facts = (
+        f"the {things} are in the {place}",
+        f"the {animal} is {color}",
+        f"{name} likes {food}",
+        f"{name} went to the {place}",
+        f"the sky is {color} today",
+        f"the {place} is closed on {rng.choice(words.DAYS)}",
+    )
+    fact = rng.choice(facts)
+    speaker, (openings, closings) = rng.choice(list(words.VOICES.items()))
+    sentence = fact[0].upper() + fact[1:] + "."
+    return f'{sentence} The {speaker} says: "{rng.choice(openings)} {sentence} {rng.choice(closings)}"'
+
+
 def _rearranged(rng: random.Random) -> str:
     """Words, and the same words changed in a named way."""
     pool = words.NAMES + words.CITIES + words.DAYS + words.COLORS + words.THINGS + words.FOODS + words.ADJECTIVES
@@ -134,6 +152,7 @@ _KINDS: tuple[tuple[Part, float, tuple[int, int]], ...] = (
     (_record, 0.2, (2, 4)),
     (_catalogue, 0.05, (1, 2)),
     (_story, 0.05, (1, 2)),
+    (_speech, 0.07, (1, 3)),
     (_rearranged, 0.1, (2, 4)),
 )
 """(part, share of documents, how many parts a document has)"""

@@ -21,3 +21,15 @@ FOODS = ("pizza", "soup", "salad", "pasta", "rice", "curry", "bread", "noodles")
 ANIMALS = ("cat", "dog", "bird", "horse", "fish", "mouse", "fox", "owl")
 COLORS = ("red", "blue", "green", "black", "white", "yellow", "brown", "pink")
 ADJECTIVES = ("small", "big", "old", "new", "warm", "cold", "quiet", "bright", "kind", "busy", "happy", "tired")
+
+VOICES = {
+    "pirate": (("Arr!", "Ahoy, matey!", "Shiver me timbers!"), ("By the seven seas!", "Heave ho, ye landlubber!")),
+    "knight": (("Hark!", "My liege!", "By my sword!"), ("I swear it on my honor.", "So speaks a knight.")),
+    "robot": (("Beep.", "Processing.", "Input accepted."), ("End of message.", "Task complete.")),
+    "cowboy": (("Howdy!", "Well, partner.", "Yee-haw!"), ("That is it, I reckon.", "Giddy up!")),
+    "wizard": (("By the stars!", "Behold!", "Abracadabra!"), ("It is magic.", "So says the old spell.")),
+    "poet": (("Oh, my heart!", "Softly now.", "Sing, moon!"), ("How sweet, how true.", "It is like a song.")),
+    "kind clerk": (("Of course!", "I am glad to help.", "Good question!"), ("Have a nice day!", "I hope that helps.")),
+    "rude clerk": (("Ugh.", "What a stupid question.", "Go away."), ("Find it yourself.", "I do not care.")),
+}
+"""Speakers: how they begin and how they end."""
