@@ -34,41 +34,31 @@ class BadRow(ValueError):
 
 def messages(row: Row) -> Conversation:
     """`messages` with role and content, `tools`; OpenAI's form of tools, tool calls and text parts is read too."""
-    return conversation(_field(row, "messages"), row.get("tools"))
+    return conversation(field(row, "messages"), row.get("tools"))
 
 
 def single_turn(row: Row) -> Conversation:
     """`user` and `assistant`, `system` and `tools` where they exist: what a mapping of other columns usually makes."""
-    turns = [{"role": role, "content": _plain(_field(row, role))} for role in ("user", "assistant")]
-    return conversation([*_system(row), *turns], row.get("tools"))
+    turns = [{"role": role, "content": _plain(field(row, role))} for role in ("user", "assistant")]
+    return conversation([*system_turn(row), *turns], row.get("tools"))
 
 
 def alpaca(row: Row) -> Conversation:
     """`instruction`, `input` (may be empty), `output` or `response`, `system` where it exists."""
-    user = "\n\n".join(part for part in (_field(row, "instruction"), row.get("input")) if part)
-    reply = row["response"] if "response" in row else _field(row, "output")
-    return single_turn({"system": row.get("system"), "user": user, "assistant": reply})
+    reply = row["response"] if "response" in row else field(row, "output")
+    return single_turn({"system": row.get("system"), "user": instruction(row), "assistant": reply})
 
 
 def sharegpt(row: Row) -> Conversation:
     """`conversations` with from and value; function_call and observation turns; `system` and `tools` columns."""
-    turns = _system(row)
-    for number, turn in enumerate(_list_of_dicts(_field(row, "conversations"), "conversations"), start=1):
-        speaker, value = turn.get("from"), turn.get("value")
-        role = SHAREGPT_ROLES.get(str(speaker).lower())
-        if role is None:
-            raise BadRow(f"message {number}: unknown speaker {speaker!r}; known are {', '.join(SHAREGPT_ROLES)}")
-        if speaker == "function_call":
-            turns.append({"role": role, "tool_calls": _as_list(_json(value, f"message {number}: function_call"))})
-        else:
-            turns.append({"role": role, "content": value})
-    return conversation(turns, row.get("tools"))
+    turns = list_of_dicts(field(row, "conversations"), "conversations")
+    return conversation([*system_turn(row), *sharegpt_turns(turns)], row.get("tools"))
 
 
 def xlam(row: Row) -> Conversation:
     """Salesforce/xlam-function-calling-60k: `query`, `tools` and `answers` (JSON texts); the reply is the calls."""
-    calls = _as_list(_json(_field(row, "answers"), "answers"))
-    turns = [{"role": "user", "content": _field(row, "query")}, {"role": "assistant", "tool_calls": calls}]
+    calls = _as_list(_json(field(row, "answers"), "answers"))
+    turns = [{"role": "user", "content": field(row, "query")}, {"role": "assistant", "tool_calls": calls}]
     return conversation(turns, row.get("tools"))
 
 
@@ -79,7 +69,7 @@ def hermes(row: Row) -> Conversation:
     """
     tools = row.get("tools")
     turns: list[Row] = []
-    for turn in _list_of_dicts(_field(row, "conversations"), "conversations"):
+    for turn in list_of_dicts(field(row, "conversations"), "conversations"):
         text = str(turn.get("value") or "")
         if turn.get("from") == "system" and "<tools>" in text:
             tools = tools or "".join(_tagged(text, "tools")[-1:])
@@ -100,7 +90,7 @@ def nemotron(row: Row) -> Conversation:
     """
     metadata = _json(row.get("metadata") or "{}", "metadata")
     turns: list[Row] = []
-    for message in _list_of_dicts(_field(row, "messages"), "messages"):
+    for message in list_of_dicts(field(row, "messages"), "messages"):
         text = message.get("content") or ""
         if message.get("role") == "user" and text.strip() in ("", "-"):
             raise BadRow("the user's message was withheld by the publisher")
@@ -116,6 +106,26 @@ FORMATS: dict[str, Callable[[Row], Conversation]] = {
 }
 
 
+def instruction(row: Row) -> str:
+    """`instruction` and, after a blank line, `input` if there is any."""
+    return "\n\n".join(part for part in (field(row, "instruction"), row.get("input")) if part)
+
+
+def sharegpt_turns(turns: Iterable[Row]) -> list[Row]:
+    """Messages of turns with from and value, not checked any further."""
+    messages: list[Row] = []
+    for number, turn in enumerate(turns, start=1):
+        speaker, value = turn.get("from"), turn.get("value")
+        role = SHAREGPT_ROLES.get(str(speaker).lower())
+        if role is None:
+            raise BadRow(f"message {number}: unknown speaker {speaker!r}; known are {', '.join(SHAREGPT_ROLES)}")
+        if speaker == "function_call":
+            messages.append({"role": role, "tool_calls": _as_list(_json(value, f"message {number}: function_call"))})
+        else:
+            messages.append({"role": role, "content": value})
+    return messages
+
+
 def mapped(row: Row, mapping: dict[str, str]) -> Row:
     """The row with new columns: `question` takes that column as it is, `{title}: {items[0]}` makes a text of some."""
     return {**row, **{name: _filled(row, source) for name, source in mapping.items()}}
@@ -123,7 +133,7 @@ def mapped(row: Row, mapping: dict[str, str]) -> Row:
 
 def conversation(turns: Iterable[Row], tools: Any = None) -> Conversation:
     """The one form that every format ends in; raises BadRow for a turn it can't take or a lack of replies."""
-    result = [_message(turn, number) for number, turn in enumerate(_list_of_dicts(turns, "messages"), start=1)]
+    result = [_message(turn, number) for number, turn in enumerate(list_of_dicts(turns, "messages"), start=1)]
     roles = [message["role"] for message in result]
     if "assistant" not in roles:
         raise BadRow(f"there is no assistant turn to learn from (turns: {', '.join(roles) or 'none'})")
@@ -172,14 +182,16 @@ def _tool_call(call: Any, number: int) -> Row:
 
 def _tools(tools: Any) -> list[Row]:
     parsed = _json(tools, "tools") if isinstance(tools, str) and tools.strip() else tools or []
-    return [tool.get("function", tool) for tool in _list_of_dicts(parsed or [], "tools")]
+    return [tool.get("function", tool) for tool in list_of_dicts(parsed or [], "tools")]
 
 
-def _system(row: Row) -> list[Row]:
+def system_turn(row: Row) -> list[Row]:
+    """The `system` column as a message, nothing where there is none."""
     return [{"role": "system", "content": row["system"]}] if row.get("system") else []
 
 
-def _field(row: Row, name: str) -> Any:
+def field(row: Row, name: str) -> Any:
+    """A column that must be there; raises BadRow."""
     if row.get(name) is None:
         raise BadRow(f"no column {name!r} (columns: {', '.join(row)})")
     return row[name]
@@ -200,7 +212,8 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-def _list_of_dicts(value: Any, name: str) -> list[Row]:
+def list_of_dicts(value: Any, name: str) -> list[Row]:
+    """A column that must be a list of objects; raises BadRow."""
     value = list(value) if isinstance(value, list | tuple) else None
     if value is None or not all(isinstance(item, dict) for item in value):
         raise BadRow(f"{name} is not a list of objects")

@@ -10,7 +10,8 @@
         weight: 2                         # each conversation twice
     on_bad_row: error
 
-The same mix, seed and files give the same conversations in the same order, on every machine.
+With `kind: preferences` it holds preference pairs (preferences.py) instead, for DPO: what is said of conversations
+below holds for pairs. The same mix, seed and files give the same conversations in the same order, on every machine.
 """
 
 import difflib
@@ -26,8 +27,7 @@ import datasets
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-from hymba_tune.data.formats import FORMATS
-from hymba_tune.data.sources import SUFFIXES, Conversion, Source, convert, fingerprint
+from hymba_tune.data.sources import COLUMNS, READERS, SUFFIXES, Conversion, Kind, Source, convert, fingerprint
 from hymba_tune.data.synthetic import GENERATORS
 from hymba_tune.errors import UserError
 from hymba_tune.layers import Origin
@@ -47,6 +47,7 @@ class Mix(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     sources: dict[str, Source] = Field(min_length=1)
+    kind: Kind = "conversations"
     on_bad_row: Literal["error", "skip"] = "error"
     drop_duplicates: bool = False
     _places: dict[str, str] = PrivateAttr(default_factory=dict)
@@ -62,14 +63,15 @@ class Mix(BaseModel):
 
 @dataclass(frozen=True)
 class SourceCount:
-    """One source of a realised mix. read = kept + filtered + skipped; `conversations` of it are in the split, of the
-    rest some are `validation` (held out), some `duplicates`, and some were not asked for.
+    """One source of a realised mix. read = kept + filtered + ties + skipped; `conversations` of it are in the split,
+    of the rest some are `validation` (held out), some `duplicates`, and some were not asked for.
     """
 
     source: str
     licence: str | None
     read: int
     filtered: int
+    ties: int
     skipped: int
     first_skipped: str | None
     kept: int
@@ -78,8 +80,11 @@ class SourceCount:
     conversations: int
 
 
-def load_mix(path: str | Path) -> Mix:
-    """Read and check a mix: a file, or the name of one in data_mixes/. UserError lists all problems, one a line."""
+def load_mix(path: str | Path, kind: Kind | None = None) -> Mix:
+    """Read and check a mix: a file, or the name of one in data_mixes/. UserError lists all problems, one a line.
+
+    kind: what the mix must hold (None: whatever it says).
+    """
     found = Path(path) if Path(path).is_file() else find(f"data_mixes/{path}.yaml", [Path.cwd()])
     if found is None:
         raise UserError(f"no mix {path}; give a .yaml file or the name of one in data_mixes/")
@@ -87,6 +92,8 @@ def load_mix(path: str | Path) -> Mix:
     try:
         mix = Mix.model_validate(values)
         problems: list[tuple[Location, str]] = list(_contradictions(mix))
+        if kind not in (None, mix.kind):
+            problems.append((("kind",), f"{mix.kind}, but {kind} are needed here; name another mix"))
         sources = {name: _with_files(name, source, found, lines, problems) for name, source in mix.sources.items()}
     except ValidationError as error:
         problems = list(_invalid(error))
@@ -101,7 +108,7 @@ def load_mix(path: str | Path) -> Mix:
 def mix_fingerprint(mix: Mix) -> str:
     """Changes with whatever changes the realised mix, but for the seed: settings, files' bytes, formats' code."""
     parts = {
-        name: [fingerprint(source, mix.skips(name), seed=0), source.take, source.weight, source.share]
+        name: [fingerprint(source, mix.kind, mix.skips(name), seed=0), source.take, source.weight, source.share]
         for name, source in mix.sources.items()
     }
     return hashlib.sha256(json.dumps([list(parts.items()), mix.drop_duplicates]).encode()).hexdigest()
@@ -138,11 +145,12 @@ def _convert_all(mix: Mix, seed: int, folder: Path) -> dict[str, tuple[datasets.
     """Every source converted, hub sources first: a hub that can't be reached is known before other work is done."""
     converted = {}
     for name in sorted(mix.sources, key=lambda name: mix.sources[name].hub is None):
-        table, counts = convert(mix.sources[name], name, mix.place(name), mix.skips(name), seed, folder)
+        table, counts = convert(mix.sources[name], mix.kind, name, mix.place(name), mix.skips(name), seed, folder)
         if not counts.kept:
             raise UserError(
-                f"{mix.place(name)}: not one usable conversation (rows read {counts.read}, filtered {counts.filtered}, "
-                f"skipped {counts.skipped}, the first: {counts.first_skipped}); check format, map and filter"
+                f"{mix.place(name)}: not one of its {mix.kind} can be used (rows read {counts.read}, filtered "
+                f"{counts.filtered}, ties {counts.ties}, skipped {counts.skipped}, the first: {counts.first_skipped}); "
+                "check format, map and filter"
             )
         converted[name] = table, counts
     return {name: converted[name] for name in mix.sources}
@@ -211,6 +219,7 @@ def _counts(
             licence=mix.sources[name].licence,
             read=counts.read,
             filtered=counts.filtered,
+            ties=counts.ties,
             skipped=counts.skipped,
             first_skipped=counts.first_skipped,
             kept=counts.kept,
@@ -251,8 +260,13 @@ def _contradictions(mix: Mix) -> Iterator[tuple[Location, str]]:
         amounts = [key for key in ("take", "weight", "share") if getattr(source, key) is not None]
         if len(amounts) > 1:
             yield (*at, amounts[1]), f"contradicts {amounts[0]}; give one of take, weight, share"
-        if source.format_name not in FORMATS:
-            yield (*at, "format"), f"{source.format!r} is unknown; known are {', '.join(FORMATS)}"
+        if source.format_name(mix.kind) not in READERS[mix.kind]:
+            known = ", ".join(READERS[mix.kind])
+            yield (*at, "format"), f"{source.format!r} is unknown for {mix.kind}; known are {known}"
+        columns = (*COLUMNS[mix.kind], "system", "tools")
+        for column in source.map or {}:
+            if column not in columns:
+                yield (*at, "map", column), f"no format for {mix.kind} reads it; use {', '.join(columns)}"
         if source.generator and source.generator.name not in GENERATORS:
             yield (*at, "generator", "name"), f"{source.generator.name!r} is unknown; known are {', '.join(GENERATORS)}"
     shares = [source.share for source in mix.sources.values() if source.share]

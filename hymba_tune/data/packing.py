@@ -16,9 +16,7 @@ arXiv 2404.10830). Documents stand in mix order within a row, rows in the order 
 """
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,21 +30,19 @@ from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerFast
 
 from hymba_tune.data.chat import encode_conversation
+from hymba_tune.data.encoding import TOKENS, encode_all, written_whole
 from hymba_tune.errors import UserError
 
 IGNORED = -100
 """The label of a token without loss, as torch's cross-entropy and TRL have it."""
 
 ROWS_A_BATCH = 256
-CONVERSATIONS_A_WORKER = 5000
-"""Fewer are encoded faster than another process starts."""
 
-_TOKENS = datasets.List(datasets.Value("int32"))
-_ROW = datasets.Features({"input_ids": _TOKENS, "labels": _TOKENS, "seq_lengths": _TOKENS})
+_ROW = datasets.Features({"input_ids": TOKENS, "labels": TOKENS, "seq_lengths": TOKENS})
 _DOCUMENT = datasets.Features(
     {
-        "input_ids": _TOKENS,
-        "labels": _TOKENS,
+        "input_ids": TOKENS,
+        "labels": TOKENS,
         "length": datasets.Value("int32"),
         "supervised": datasets.Value("int32"),
         "source": datasets.Value("string"),
@@ -100,14 +96,9 @@ def build_rows(
     left is dropped. All are counted. Raises UserError if nothing is left. workers: processes that encode (None: up to
     one a core, as far as there is work for them); the rows are the same with any number.
     """
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    finished = unfinished / "rows"
-    finished.mkdir(parents=True)
-    try:
-        workers = workers or min(len(os.sched_getaffinity(0)), 1 + len(dataset) // CONVERSATIONS_A_WORKER)
-        encode = partial(_encode, tokenizer=tokenizer, max_length=max_length, too_long=too_long)
-        documents = _documents(dataset, encode, unfinished / "documents.arrow", workers)
+    encode = partial(_encode, tokenizer=tokenizer, max_length=max_length, too_long=too_long)
+    with written_whole(folder) as (draft, scratch):
+        documents = encode_all(dataset, encode, _DOCUMENT, scratch / "documents.arrow", workers)
         lengths = _list_lengths(documents)
         kept = np.flatnonzero(lengths)
         if not len(kept):
@@ -116,13 +107,9 @@ def build_rows(
                 "data.too_long: truncate"
             )
         rows = best_fit_decreasing(lengths[kept], max_length) if packing == "bfd" else [[i] for i in range(len(kept))]
-        _write_rows(documents, [kept[row] for row in rows], finished / "rows.arrow")
+        _write_rows(documents, [kept[row] for row in rows], draft / "rows.arrow")
         counts = _count(documents, lengths, max_length, too_long, len(rows))
-        (finished / "counts.json").write_text(json.dumps(asdict(counts)))
-        shutil.rmtree(folder, ignore_errors=True)
-        finished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        (draft / "counts.json").write_text(json.dumps(asdict(counts)))
     return load_rows(folder)
 
 
@@ -154,22 +141,6 @@ def best_fit_decreasing(lengths: Sequence[int] | np.ndarray, capacity: int) -> l
             rows_with_space[space - length].append(row)
             spaces |= 1 << (space - length)
     return sorted(sorted(row) for row in rows)
-
-
-def _documents(
-    dataset: datasets.Dataset, encode: Callable[..., dict[str, list[Any]]], file: Path, workers: int
-) -> datasets.Dataset:
-    return dataset.map(
-        encode,
-        batched=True,
-        batch_size=100,
-        remove_columns=dataset.column_names,
-        features=_DOCUMENT,
-        num_proc=workers if workers > 1 else None,
-        cache_file_name=str(file),
-        new_fingerprint="documents",
-        desc="Encoding",
-    )
 
 
 def _encode(

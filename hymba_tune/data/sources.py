@@ -7,9 +7,10 @@ import gzip
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -19,14 +20,27 @@ import pyarrow.parquet
 from datasets.arrow_writer import ArrowWriter
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
-from hymba_tune.data import formats, synthetic
+from hymba_tune.data import formats, preferences, synthetic
 from hymba_tune.data.formats import FORMATS, BadRow, Row, mapped
+from hymba_tune.data.preferences import PREFERENCES, ROWS_TOGETHER, NoPreference
 from hymba_tune.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 FEATURES = datasets.Features(
     {"conversation": datasets.Value("string"), "source": datasets.Value("string"), "key": datasets.Value("int64")}
 )
+
+Kind = Literal["conversations", "preferences"]
+"""What a mix holds: conversations to learn from, or pairs of a preferred and a rejected reply."""
+
+READERS: dict[Kind, dict[str, Callable[[Row], Row]]] = {"conversations": FORMATS, "preferences": PREFERENCES}
+"""The formats of each kind, by name."""
+
+COLUMNS: dict[Kind, tuple[str, ...]] = {
+    "conversations": ("user", "assistant", "messages", "conversations"),
+    "preferences": ("prompt", "chosen", "rejected", "conversations"),
+}
+"""What `map` may make for the formats of each kind, besides `system` and `tools`."""
 
 Scalar = str | int | float | bool
 Placed = tuple[str, Row | BadRow]
@@ -37,10 +51,11 @@ class _Settings(BaseModel):
 
 
 class HubDataset(_Settings):
-    """A dataset of the Hugging Face hub, as `datasets.load_dataset` names it."""
+    """A dataset of the Hugging Face hub, as `datasets.load_dataset` names it; `data_files`: these files of it alone."""
 
     id: str
     subset: str | None = None
+    data_files: str | list[str] | None = None
     split: str = "train"
     revision: str | None = None
 
@@ -65,7 +80,8 @@ class Source(_Settings):
 
     path:      a file, a pattern (`chat-*.jsonl`) or a list of them; `${NAME}` is filled in from the environment
     map:       new column: old column, or a text with {columns} in it; done before `format`
-    format:    a function of formats.py; `single_turn` where there is a map, else `messages`
+    format:    a function of formats.py (`single_turn` where `user` is mapped, else `messages`) or, for a mix of
+               preferences, of preferences.py (`preference`)
     filter:    column: value, list of values, or {min, max}; rows that don't match are left out and counted
     take:      at most so many conversations (a random choice); `weight`: so many times all of them, 0.5 or 3;
                `share`: this share of the mix. Only one of the three; none means all, once
@@ -75,7 +91,7 @@ class Source(_Settings):
     path: str | list[str] | None = None
     hub: HubDataset | None = None
     generator: Generated | None = None
-    map: dict[Literal["system", "user", "assistant", "tools", "messages", "conversations"], str] | None = None
+    map: dict[str, str] | None = None
     format: str | None = None
     filter: dict[str, Range | list[Scalar] | Scalar] | None = None
     licence: str | None = None
@@ -84,29 +100,31 @@ class Source(_Settings):
     share: float | None = Field(default=None, gt=0, le=1)
     on_bad_row: Literal["error", "skip"] | None = None
 
-    @property
-    def format_name(self) -> str:
+    def format_name(self, kind: Kind) -> str:
         """The format in use, given or by default."""
+        if kind == "preferences":
+            return self.format or "preference"
         return self.format or ("single_turn" if self.map and "user" in self.map else "messages")
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What became of a source's rows: read = kept + filtered + skipped."""
+    """What became of a source's rows: read = kept + filtered + ties + skipped. ties: rows that prefer neither reply."""
 
     read: int
     kept: int
     filtered: int
+    ties: int
     skipped: int
     first_skipped: str | None
 
 
-def fingerprint(source: Source, skip: bool, seed: int) -> str:
+def fingerprint(source: Source, kind: Kind, skip: bool, seed: int) -> str:
     """Changes with whatever changes the source's conversations: settings, files' bytes, the code that reads them."""
     how_many = set() if source.hub else {"take"}
     settings = source.model_dump(exclude={"licence", "weight", "share", "on_bad_row", "path", *how_many})
-    code = [_file_hash(formats.__file__), _file_hash(__file__)]
-    parts: list[Any] = [settings, skip, [_file_hash(path) for path in source.path or []], code]
+    code = [_file_hash(file) for file in (formats.__file__, preferences.__file__, __file__)]
+    parts: list[Any] = [settings, kind, skip, [_file_hash(path) for path in source.path or []], code]
     if source.hub and source.take:
         parts.append(seed)
     if source.generator:
@@ -115,19 +133,19 @@ def fingerprint(source: Source, skip: bool, seed: int) -> str:
 
 
 def convert(
-    source: Source, name: str, place: str, skip: bool, seed: int, folder: Path
+    source: Source, kind: Kind, name: str, place: str, skip: bool, seed: int, folder: Path
 ) -> tuple[datasets.Dataset, Conversion]:
-    """The source's conversations: a memory-mapped dataset of `conversation` (JSON), `source`, `key` (content hash).
+    """The source's conversations or pairs, memory-mapped: `conversation` (JSON), `source`, `key` (content hash).
 
     Written once into `folder`, under the source's fingerprint; `place` says where the mix defines the source.
     """
-    stem = folder / f"{name}-{fingerprint(source, skip, seed)[:20]}"
+    stem = folder / f"{name}-{fingerprint(source, kind, skip, seed)[:20]}"
     arrow, counts = stem.with_suffix(".arrow"), stem.with_suffix(".json")
     if not counts.exists():
         folder.mkdir(parents=True, exist_ok=True)
         unfinished = stem.with_suffix(f".{os.getpid()}.tmp")
         try:
-            conversion = _write(source, name, place, skip, _rows(source, place, seed), unfinished)
+            conversion = _write(source, kind, name, place, skip, _rows(source, kind, place, seed), unfinished)
             unfinished.replace(arrow)
             unfinished.write_text(json.dumps(asdict(conversion)))
             unfinished.replace(counts)
@@ -136,11 +154,13 @@ def convert(
     return datasets.Dataset.from_file(str(arrow)), Conversion(**json.loads(counts.read_text()))
 
 
-def _write(source: Source, name: str, place: str, skip: bool, rows: Iterable[Placed], path: Path) -> Conversion:
+def _write(
+    source: Source, kind: Kind, name: str, place: str, skip: bool, rows: Iterable[Placed], path: Path
+) -> Conversion:
     """Convert row by row, in constant memory."""
-    make, mapping = FORMATS[source.format_name], {str(new): old for new, old in (source.map or {}).items()}
+    make = READERS[kind][source.format_name(kind)]
     enough = source.take if source.hub else None
-    read = kept = filtered = skipped = 0
+    read = kept = filtered = ties = skipped = 0
     first_skipped = None
     with ArrowWriter(path=str(path), features=FEATURES) as writer:
         for where, row in rows:
@@ -153,8 +173,11 @@ def _write(source: Source, name: str, place: str, skip: bool, rows: Iterable[Pla
                 if not _matches(row, source.filter or {}):
                     filtered += 1
                     continue
-                text = json.dumps(make(mapped(row, mapping)), ensure_ascii=False)
+                text = json.dumps(make(mapped(row, source.map or {})), ensure_ascii=False)
                 key = _key(text)
+            except NoPreference:
+                ties += 1
+                continue
             except BadRow as error:
                 if not skip:
                     raise UserError(f"{where}: {error}\n  fix the row, or set on_bad_row: skip at {place}") from None
@@ -164,7 +187,7 @@ def _write(source: Source, name: str, place: str, skip: bool, rows: Iterable[Pla
             writer.write({"conversation": text, "source": name, "key": key})
             kept += 1
         writer.finalize()
-    return Conversion(read, kept, filtered, skipped, first_skipped)
+    return Conversion(read, kept, filtered, ties, skipped, first_skipped)
 
 
 def _key(text: str) -> int:
@@ -195,12 +218,26 @@ def _in_range(value: Any, wanted: Range, column: str) -> bool:
     return (wanted.min is None or number >= wanted.min) and (wanted.max is None or number <= wanted.max)
 
 
-def _rows(source: Source, place: str, seed: int) -> Iterator[Placed]:
+def _rows(source: Source, kind: Kind, place: str, seed: int) -> Iterator[Placed]:
+    together = ROWS_TOGETHER.get(source.format_name(kind), 1)
     if source.hub:
-        return _hub_rows(source.hub, place, seed if source.take else None)
+        return _together(_hub_rows(source.hub, place, together, seed if source.take else None), together)
     if source.generator:
         return _generated_rows(source.generator)
-    return (placed for path in source.path or [] for placed in file_rows(Path(path)))
+    return _together((placed for path in source.path or [] for placed in file_rows(Path(path))), together)
+
+
+def _together(rows: Iterator[Placed], size: int) -> Iterator[Placed]:
+    """So many consecutive rows as one, {"rows": [...]}, at the place of the first."""
+    if size == 1:
+        yield from rows
+        return
+    while group := list(islice(rows, size)):
+        place, (_, found) = group[0][0], zip(*group, strict=True)
+        bad = next((row for row in found if isinstance(row, BadRow)), None)
+        if len(group) < size:
+            bad = BadRow(f"the format takes {size} rows together, and the last ones are missing")
+        yield place, bad or {"rows": list(found)}
 
 
 def file_rows(path: Path) -> Iterator[Placed]:
@@ -256,18 +293,25 @@ def _parquet_rows(path: Path) -> Iterator[Placed]:
             yield f"{path}: row {number}", row
 
 
-def _hub_rows(hub: HubDataset, place: str, seed: int | None) -> Iterator[Placed]:
-    """Rows in order, or, with a seed, in a random order (so that the first few are a fair choice)."""
+def _hub_rows(hub: HubDataset, place: str, together: int, seed: int | None) -> Iterator[Placed]:
+    """Rows in order, or, with a seed, in a random order (so that the first few are a fair choice).
+
+    Groups of `together` rows stay as they are.
+    """
     try:
-        rows = datasets.load_dataset(hub.id, hub.subset, split=hub.split, revision=hub.revision)
+        rows = datasets.load_dataset(
+            hub.id, hub.subset, data_files=hub.data_files, split=hub.split, revision=hub.revision
+        )
     except Exception as error:  # whatever it is (network, gate, name, split), the user has to know which dataset
         reason = (str(error) or type(error).__name__).split("\n")[0]
         raise UserError(
             f"{place}.hub: {hub.id}: {reason}\n  without a network: give its files as `path:`, or load it once where "
             "there is one and copy the cache (HF_HOME)"
         ) from error
-    order = range(len(rows)) if seed is None else np.random.default_rng(seed).permutation(len(rows))
-    for index in order:
+    groups = np.arange(len(rows) // together * together).reshape(-1, together)
+    if seed is not None:
+        groups = np.random.default_rng(seed).permutation(groups)
+    for index in (*groups.flat, *range(groups.size, len(rows))):
         yield f"{hub.id}: row {index + 1}", rows[int(index)]
 
 

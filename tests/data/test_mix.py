@@ -164,7 +164,7 @@ def test_bytes_that_are_no_text_are_a_bad_row(realised, tmp_path):
 def test_a_source_without_one_good_row_is_an_error(realised, tmp_path):
     write_lines(tmp_path / "a.jsonl", [{"text": "x"}] * 3)
     with pytest.raises(
-        UserError, match=r"sources\.a: not one usable conversation \(rows read 3, filtered 0, skipped 3"
+        UserError, match=r"sources\.a: not one of its conversations can be used \(rows read 3, .*skipped 3"
     ):
         realised(sources(a=A + ", on_bad_row: skip"))
 
@@ -193,7 +193,7 @@ def test_hub_sources_are_read_and_an_unreachable_hub_is_one_message(realised, mo
     text = sources(h="hub: {id: some/set, subset: s, split: 'train[:50]'}, take: 20")
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     found, counts = realised(text)
-    assert asked == [("some/set", "s", {"split": "train[:50]", "revision": None})]
+    assert asked == [("some/set", "s", {"data_files": None, "split": "train[:50]", "revision": None})]
     assert len(set(found)) == counts["h"].read == 20, "no more is read than taken"
     assert max(int(question.split()[1][:-1]) for question in found) > 25, "a random choice, not the first rows"
     assert sorted(realised(text, seed=1)[0]) != sorted(found)
@@ -222,7 +222,10 @@ def test_hub_sources_are_read_and_an_unreachable_hub_is_one_message(realised, mo
         ("sources:\n  a:\n    path: none.jsonl", "mix.yaml:3: sources.a.path: no file "),
         ("sources:\n  a:\n    path: mix.yaml", "unknown kind of file; use .jsonl"),
         ("sources:\n  a:\n    path: ${NO_SUCH}/x", "mix.yaml:3: sources.a.path: ${NO_SUCH}/x: the variable NO_SUCH"),
-        ("sources:\n  a:\n    path: a.jsonl\n    format: xml", "mix.yaml:4: sources.a.format: 'xml' is unknown; known"),
+        (
+            "sources:\n  a:\n    path: a.jsonl\n    format: xml",
+            "mix.yaml:4: sources.a.format: 'xml' is unknown for conv",
+        ),
         ("sources:\n  a:\n    generator: {name: x, n: 1}", "mix.yaml:3: sources.a.generator.name: 'x' is unknown"),
         (
             "sources:\n  a:\n    path: a.jsonl\n    take: 1\n    weight: 2",
@@ -230,7 +233,11 @@ def test_hub_sources_are_read_and_an_unreachable_hub_is_one_message(realised, mo
         ),
         ("sources:\n  a: {path: a.jsonl, share: 0.5}", "all sources have a share, but these sum to 0.5; make it 1"),
         ("sources:\n  a: {path: a.jsonl}\n  b: {path: b.jsonl, share: 1.0}", "leave nothing for the other sources"),
-        ("sources:\n  a: {path: a.jsonl, map: {usr: x}}", "mix.yaml:2: sources.a.map.usr"),
+        ("sources:\n  a: {path: a.jsonl, map: {usr: x}}", "mix.yaml:2: sources.a.map.usr: no format for conv"),
+        (
+            "kind: pairs\nsources:\n  a: {path: a.jsonl}",
+            "mix.yaml:1: kind: 'pairs': input should be 'conversations' or",
+        ),
     ],
 )
 def test_a_wrong_mix_is_refused_with_line_field_and_remedy(realised, text, message):
