@@ -271,7 +271,10 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[Location, str]]:
         yield ("data", "packing"), f"{recipe.data.packing}: preference pairs are not packed; set it to none"
     dropout = recipe.adapter.dropout if recipe.adapter else 0
     if recipe.method == "dpo" and dropout and (trainer.model_extra or {}).get("disable_dropout", True):
-        yield ("adapter", "dropout"), f"{dropout}: DPO switches dropout off; set it to 0, or trainer.disable_dropout: false"
+        yield (
+            ("adapter", "dropout"),
+            f"{dropout}: DPO switches dropout off; set it to 0, or trainer.disable_dropout: false",
+        )
     if launch.config == "single" and launch.processes != 1:
         yield ("launch", "processes"), f"{launch.processes}: launch.config single is one process"
     rows = trainer.per_device_train_batch_size * launch.processes

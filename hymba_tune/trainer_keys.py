@@ -77,6 +77,12 @@ RESERVED: dict[str, str] = {
     "use_liger_kernel": "its kernels do not know Hymba",
 }
 
+DPO_LOSSES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+"""DPOConfig.loss_type: one of these or a list of them; the class names them in its documentation only."""
+
 
 @cache
 def fields(method: str) -> dict[str, dict[str, list[str]]]:
@@ -95,6 +101,9 @@ def problem(method: str, key: str, value: Any) -> str | None:
         return unknown_key(
             key, [*allowed, "global_batch"], f"a field of TRL's {'DPO' if method == 'dpo' else 'SFT'}Config"
         )
+    if method == "dpo" and key == "loss_type":
+        unknown = [name for name in (value if isinstance(value, list) else [value]) if name not in DPO_LOSSES]
+        return f"{unknown[0]!r} is no loss; {_nearest(str(unknown[0]), list(DPO_LOSSES))}" if unknown else None
     return _wrong_value(value, known[key].get("types", []), known[key].get("choices", []))
 
 

@@ -28,8 +28,12 @@ class MeteredTrainer(Trainer):
     meter: TokenMeter
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.meter.count(inputs["labels"], inputs.get("attention_mask"))
+        self.count_tokens(inputs)
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def count_tokens(self, inputs: dict[str, Any]) -> None:
+        """Meter a batch before its step; what it holds depends on the method."""
+        self.meter.count(inputs["labels"], inputs.get("attention_mask"))
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return [name for name, _ in model.named_parameters() if not _NOT_DECAYED.search(name)]

@@ -57,14 +57,14 @@ def recipe() -> Recipe:
     return make_recipe()
 
 
-def make_recipe(adapter: dict[str, object] | None = None, **trainer: object) -> Recipe:
+def make_recipe(adapter: dict[str, object] | None = None, method: str = "sft", **trainer: object) -> Recipe:
     """A recipe of 12 steps, two rows each, logged every other step and saved every fourth."""
     return Recipe.model_validate(
         {
             "stage": "test",
-            "method": "sft",
+            "method": method,
             "model": {"from": "tiny"},
-            "data": {"mix": "none", "max_length": 64},
+            "data": {"mix": "none", "max_length": 64, "packing": "none" if method == "dpo" else "bfd"},
             "adapter": adapter,
             "trainer": {
                 "learning_rate": 1e-2,

@@ -33,6 +33,10 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def timeless(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+
+
 def test_the_loss_falls_and_every_logging_step_is_a_line(
     model: HymbaForCausalLM, tokenizer: Any, rows: Dataset, tmp_path: Path
 ) -> None:
@@ -64,7 +68,7 @@ def test_the_loss_of_packed_rows_is_that_of_their_documents_alone(
     assert abs(metrics(tmp_path)[0]["loss"] - total / count) < LOSS_TOLERANCE * 10
 
 
-class _Cut(TrainerCallback):
+class Cut(TrainerCallback):
     """Ends the process' training in the middle of a step, as a kill would."""
 
     def __init__(self, step: int) -> None:
@@ -91,24 +95,20 @@ def test_a_cut_run_ends_with_the_same_weights_and_metrics(
 
     whole = train(start(), tokenizer, rows, tmp_path / "whole", adapter=adapter)
     for cut in (3, 7, 10):
-        monkeypatch.setattr(sft, "HymbaSFTTrainer", _with(_Cut(cut)))
+        monkeypatch.setattr(sft, "HymbaSFTTrainer", _with(Cut(cut)))
         with pytest.raises(KeyboardInterrupt):
             train(start(), tokenizer, rows, tmp_path / "cut", adapter=adapter)
     monkeypatch.undo()
     resumed = train(start(), tokenizer, rows, tmp_path / "cut", adapter=adapter)
     for (name, expected), (_, got) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
         assert torch.equal(expected, got), name
-    timeless = [
-        [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in metrics(folder)]
-        for folder in (tmp_path / "whole", tmp_path / "cut")
-    ]
-    assert timeless[0] == timeless[1]
+    assert timeless(metrics(tmp_path / "whole")) == timeless(metrics(tmp_path / "cut"))
 
 
 def _with(callback: TrainerCallback) -> Any:
     class WithCallback(HymbaSFTTrainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, callbacks=[callback], **kwargs)
+            super().__init__(*args, **{**kwargs, "callbacks": [callback]})
 
     return WithCallback
 
