@@ -23,7 +23,9 @@ lint: $(TEST_STAMP)
 	$(BIN)/mypy
 
 benchmarks: $(TEST_STAMP)
-	@for script in benchmarks/*.py; do echo "== $$script" && $(BIN)/python $$script || exit 1; done
+	@for script in $$(grep -l __main__ benchmarks/*.py); do \
+		name=benchmarks.$$(basename $$script .py); echo "== $$name"; $(BIN)/python -m $$name || exit 1; \
+	done
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hymba-tune needs Python 3.11 or newer: make PYTHON=python3.11")'

@@ -62,7 +62,7 @@ def machine() -> list[Finding]:
     """Python, CPU, GPUs and what compiles the kernels."""
     facts = hardware()
     gpus = facts["gpus"]
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
     nvcc = shutil.which("nvcc")
     return [
         Finding("Python", platform.python_version()),
@@ -70,7 +70,7 @@ def machine() -> list[Finding]:
         Finding("CPU", f"{facts['cpu']}, {facts['cores']} cores, {facts['memory_gib']} GiB"),
         *[Finding("GPU", gpu) for gpu in gpus],
         *([] if gpus else [Finding("GPU", "none: everything runs on the CPU", None)]),
-        Finding("C++ compiler", compiler or "none: CPU kernels in C++ can't be built", bool(compiler) or None),
+        Finding("C compiler", compiler or "none: the fast CPU kernels can't be built", bool(compiler) or None),
         Finding("nvcc", nvcc or "none: needed only to build the cuda extra", bool(nvcc) or None),
     ]
 

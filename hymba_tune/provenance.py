@@ -25,7 +25,6 @@ PACKAGES = (
     "tokenizers",
     "safetensors",
     "numpy",
-    "numba",
     "triton",
     "deepspeed",
     "lm-eval",
