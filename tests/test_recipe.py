@@ -234,6 +234,8 @@ def test_the_resolved_recipe_loads_back_unchanged(recipe_file):
 
 
 SHIPPED = sorted((REPOSITORY / "recipes").glob("*.yaml"))
+WITHOUT_TINY = ("sft2", "dpo", "roleplay_dora")
+"""Stages, and what extends them, for which there are no embedded data yet."""
 
 
 @pytest.mark.parametrize("tiny", [False, True], ids=["real", "tiny"])
@@ -243,6 +245,9 @@ def test_every_shipped_recipe_loads(path, tiny, tmp_path, monkeypatch):
         for folder in ("hymba-1.5b", "data"):
             (tmp_path / folder).mkdir()
         monkeypatch.setenv("HYMBA_TUNE_DATA", str(tmp_path))
+    if tiny and path.stem.removesuffix("_files") in WITHOUT_TINY:
+        assert "has no `tiny` section" in refusal(path, tiny=True)
+        return
     recipe = load_recipe(path, tiny=tiny)
     assert isinstance(recipe, Recipe)
     assert recipe.output.dir.endswith("-tiny") == tiny
@@ -253,12 +258,37 @@ def test_the_first_line_of_a_recipe_is_the_command_that_runs_it(path):
     assert path.read_text(encoding="utf-8").startswith(f"# hymba-tune run recipes/{path.name}")
 
 
-def test_sft1_states_the_papers_settings():
-    trainer = load_recipe(REPOSITORY / "recipes" / "sft1.yaml").trainer_arguments
-    assert trainer["learning_rate"] == 5e-5
+@pytest.mark.parametrize(("name", "learning_rate"), [("sft1", 5e-5), ("sft2", 5e-5), ("dpo", 3e-6)])
+def test_stages_state_the_papers_settings(name, learning_rate):
+    trainer = load_recipe(REPOSITORY / "recipes" / f"{name}.yaml").trainer_arguments
+    assert trainer["learning_rate"] == learning_rate
     assert trainer["lr_scheduler_type"] == "cosine"
     assert trainer["num_train_epochs"] == 1
     assert trainer["gradient_accumulation_steps"] * trainer["per_device_train_batch_size"] == 1024
+
+
+DPO = MINIMAL.replace("method: sft", "method: dpo").replace("data:\n", "data:\n  packing: none\n")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.loss_type=sigmod", "trainer.loss_type: 'sigmod' is no loss; did you mean sigmoid?"),
+        ("trainer.loss_type=[ipo, 3]", "trainer.loss_type: 3 is no loss; use one of sigmoid, hinge"),
+        ("trainer.lossy_type=ipo", "trainer.lossy_type: unknown key; did you mean loss_type?"),
+        ("data.packing=bfd", "data.packing: bfd: preference pairs are not packed; set it to none"),
+        ("adapter={type: lora, dropout: 0.1}", "adapter.dropout: 0.1: DPO switches dropout off; set it to 0"),
+    ],
+)
+def test_dpo_settings_are_checked(recipe_file, override, message):
+    assert message in refusal(recipe_file(DPO), override)
+
+
+@pytest.mark.parametrize("loss", ["ipo", "[sigmoid, sft]"])
+def test_dpo_losses_have_names(recipe_file, loss):
+    recipe = load_recipe(recipe_file(DPO), [f"trainer.loss_type={loss}", "adapter={type: lora, dropout: 0.1}",
+                                            "trainer.disable_dropout=false"])  # fmt: skip
+    assert recipe.trainer_arguments["loss_type"] in ("ipo", ["sigmoid", "sft"])
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)

@@ -11,6 +11,7 @@ import pytest
 
 from hymba_tune.data.mix import load_mix, mix_fingerprint, realise_mix
 from hymba_tune.errors import UserError
+from hymba_tune.evaluation.rolebench import SYSTEM_PROMPT, rolebench_rows
 
 MIXES = Path(__file__).resolve().parents[2] / "data_mixes"
 
@@ -268,12 +269,38 @@ def test_every_shipped_mix_loads_and_names_its_licences(path, request):
         assert source.licence in ("Apache-2.0", "MIT", "CC-BY-4.0", "CC-BY-SA-4.0", "ODC-BY-1.0"), name
 
 
-def test_the_real_files_are_all_read(data_dir, tmp_path):
-    _, counts = realise_mix(load_mix("sft1_files"), seed=0, cache_dir=tmp_path)
-    assert {count.source: count.conversations for count in counts} == {
-        "math": 7473,
-        "code": 4535,
-        "function_calls": 2122,
+REAL = {
+    "sft1_files": {"math": 7473, "code": 4535, "function_calls": 2122},
+    "sft2_files": {
+        "instructions": 985, "roles": 1923, "tools_in_text": 4000, "tool_dialogues": 265,
+        "replay_math": 1606, "replay_code": 1071, "replay_function_calls": 856,
+    },
+    "roleplay_files": {"role_specific": 4250},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_real_files_are_all_read(name, data_dir, tmp_path):
+    _, counts = realise_mix(load_mix(name), seed=0, cache_dir=tmp_path)
+    assert {count.source: count.conversations for count in counts} == REAL[name]
+
+
+@pytest.mark.parametrize("name", ["roleplay", "roleplay_roles", "roleplay_files"])
+def test_roles_are_trained_with_the_prompt_that_they_are_evaluated_with(name, request):
+    if name.endswith("_files"):
+        request.getfixturevalue("data_dir")
+    for source in load_mix(name).sources.values():
+        assert source.map is not None
+        assert source.map["system"] == SYSTEM_PROMPT.format(role="{role}", description="")
+
+
+def test_the_local_roles_are_other_roles_than_those_of_role_generalization(data_dir, tmp_path):
+    dataset, _ = realise_mix(load_mix("roleplay_files"), seed=0, cache_dir=tmp_path)
+    systems = {json.loads(text)["messages"][0]["content"] for text in dataset["conversation"]}
+    assert len(systems) == 85
+    assert not systems & {
+        SYSTEM_PROMPT.format(role=item["role"], description="")
+        for item in rolebench_rows("rolebench_role", data_dir / "data")
     }
 
 
