@@ -110,7 +110,7 @@ class Recipe(_Section):
     """One stage, resolved and checked."""
 
     stage: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    method: Literal["sft", "dpo", "pretrain"]
+    method: Literal["sft", "dpo"]
     model: ModelSection
     data: DataSection
     adapter: AdapterSection | None = None

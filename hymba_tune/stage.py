@@ -172,16 +172,22 @@ def _prepare_data(recipe: Recipe, run: RunDir) -> None:
     from hymba_tune.data.chat import load_tokenizer
     from hymba_tune.data.mix import load_mix, mix_fingerprint, realise_mix
     from hymba_tune.data.packing import build_rows
+    from hymba_tune.data.pairs import build_pairs
 
     tokenizer = load_tokenizer(_tokenizer_name(recipe))
-    mix, data = load_mix(recipe.data.mix), recipe.data
+    pairs, data = recipe.method == "dpo", recipe.data
+    mix = load_mix(data.mix, "preferences" if pairs else "conversations")
     splits: list[tuple[Literal["train", "validation"], Path, int | None]] = [("train", run.rows, data.limit)]
     if data.validation:
         splits.append(("validation", run.validation_rows, None))
     record: dict[str, Any] = {"mix": recipe.data.mix, "fingerprint": mix_fingerprint(mix)}
     for split, folder, limit in splits:
-        conversations, sources = realise_mix(mix, data.seed, split, validation=data.validation, limit=limit)
-        _, counts = build_rows(conversations, tokenizer, data.max_length, data.packing, data.too_long, folder=folder)
+        rows, sources = realise_mix(mix, data.seed, split, validation=data.validation, limit=limit)
+        counts: Any
+        if pairs:
+            _, counts = build_pairs(rows, tokenizer, data.max_length, data.too_long, folder=folder)
+        else:
+            _, counts = build_rows(rows, tokenizer, data.max_length, data.packing, data.too_long, folder=folder)
         per_source = {name: asdict(tokens) for name, tokens in counts.sources.items()}
         table = [asdict(source) | per_source.get(source.source, {}) for source in sources]
         totals = {name: value for name, value in asdict(counts).items() if name != "sources"}
@@ -237,13 +243,16 @@ def _trainable(recipe: Recipe, run: RunDir, tokenizer: PreTrainedTokenizerFast) 
 def _train(recipe: Recipe, run: RunDir) -> None:
     from hymba_tune.data.chat import load_tokenizer
     from hymba_tune.data.packing import load_rows
+    from hymba_tune.data.pairs import load_pairs
+    from hymba_tune.training.dpo import train_dpo
     from hymba_tune.training.sft import train_sft
 
+    train, load = (train_dpo, load_pairs) if recipe.method == "dpo" else (train_sft, load_rows)
     tokenizer = load_tokenizer(_tokenizer_name(recipe))
-    rows, _ = load_rows(run.rows)
-    validation = load_rows(run.validation_rows)[0] if recipe.data.validation else None
+    rows, _ = load(run.rows)
+    validation = load(run.validation_rows)[0] if recipe.data.validation else None
     model = _trainable(recipe, run, tokenizer)
-    trained = train_sft(recipe, model, tokenizer, rows, validation, run.metrics, run.checkpoints)
+    trained = train(recipe, model, tokenizer, rows, validation, run.metrics, run.checkpoints)
     _save_whole(trained, run.adapter if hasattr(trained, "peft_config") else run.model, tokenizer)
     shutil.rmtree(run.checkpoints, ignore_errors=True)
 
