@@ -1,5 +1,6 @@
 """A suite writes one result a task, reuses what is done, goes on where it was cut, and says what could not run."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,23 @@ def test_the_prompt_is_five_worked_examples_as_turns(tiny_llama, character_token
     assert upstream[-1]["content"] == "Question: What is 3 plus test?\nAnswer:"
     assert ours[1]["content"].startswith("It is ")
     assert "#### " in ours[1]["content"]
+
+
+def test_a_tokenizer_without_a_template_gets_plain_text(tiny_llama, character_tokenizer, data, monkeypatch):
+    plain = copy.deepcopy(character_tokenizer)
+    plain.chat_template = None
+    engine = Engine(tiny_llama, plain, max_new_tokens=1)
+    seen: list[str] = []
+
+    def encode_text(text: str) -> list[int]:
+        seen.append(text)
+        return [3]
+
+    monkeypatch.setattr(engine, "encode_text", encode_text)
+    run_gsm8k("gsm8k", engine, gsm8k_splits(data), 1)
+    assert seen[0].count("Question: ") == 6
+    assert seen[0].endswith("Question: What is 3 plus test?\n")
+    assert "[user]" not in seen[0]
 
 
 def test_a_finished_task_is_reused_and_other_settings_are_not(
