@@ -6,8 +6,12 @@ with AMX it may truly round to bfloat16, so a probe measures the error first.
 
 from __future__ import annotations
 
+import os
+
 import torch
 
+# oneDNN keeps a compiled kernel a shape, 1,024 by default; packed rows have ever new lengths, which made gigabytes.
+_KERNELS_KEPT = "128"
 # Products of 512 standard normals, summed in float32, are off by about 1e-6 of their size; in bfloat16 by 3e-3.
 _FLOAT32_ERROR = 2e-5
 
@@ -17,6 +21,7 @@ def choose_matmul_precision() -> str:
 
     GPUs keep `highest`: there `medium` always rounds.
     """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KERNELS_KEPT)
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("highest")
         return "highest"
