@@ -91,10 +91,11 @@ def run(
 @app.command()
 def plan(recipe: RecipeFile, overrides: Overrides = None, tiny: Tiny = False) -> None:
     """Say what a run would do: settings, parameters, tokens, steps and memory. Loads no weights."""
-    from hymba_tune.plan import make_plan, show
-    from hymba_tune.recipe import load_recipe
+    from hymba_tune.pipeline import load_pipeline
+    from hymba_tune.plan import make_plans, show
 
-    show(make_plan(load_recipe(recipe, overrides or (), tiny)))
+    for stage in make_plans(load_pipeline(recipe, overrides or (), tiny).stages):
+        show(stage)
 
 
 @app.command(name="eval")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from rich.table import Table
 from hymba_tune.errors import UserError
 from hymba_tune.geometry import PUBLISHED, Geometry, activations, adapter_parameters, parameters
 from hymba_tune.provenance import gpus
-from hymba_tune.recipe import Recipe
+from hymba_tune.recipe import AdapterSection, Recipe
 
 GIB = 2**30
 # Conversations that are tokenised to count tokens; larger mixes are extrapolated from evenly spaced ones.
@@ -42,6 +42,7 @@ class Plan:
     """The facts; what could not be known is None, with the reason in the note beside it."""
 
     recipe: Recipe
+    adapter: AdapterSection | None
     parts: dict[str, int] | None
     trained: int | None
     model_note: str
@@ -52,38 +53,66 @@ class Plan:
     on_gpu: bool
 
 
-def make_plan(recipe: Recipe) -> Plan:
-    """Count what can be counted. Raises UserError where the run itself would refuse."""
-    config, model_note = model_config(recipe)
-    data, data_note = count_data(recipe)
+@dataclass(frozen=True)
+class Start:
+    """What a stage starts from: the configuration, the tokenizer's folder and the adapter, None where not known."""
+
+    config: Mapping[str, Any] | None
+    note: str
+    tokenizer: Path | None
+    adapter: AdapterSection | None = None
+
+
+def make_plans(recipes: Sequence[Recipe]) -> list[Plan]:
+    """Count what can be counted of each stage, parents first. Raises UserError where the run itself would refuse."""
+    written: dict[str, Start] = {}
+    plans = []
+    for recipe in recipes:
+        start = _start(recipe, written)
+        adapter = start.adapter if recipe.model.handoff == "continue" else recipe.adapter
+        plans.append(_make_plan(recipe, start, adapter))
+        written[recipe.stage] = replace(start, note=f"what stage {recipe.stage} writes", adapter=adapter)
+    return plans
+
+
+def _make_plan(recipe: Recipe, start: Start, adapter: AdapterSection | None) -> Plan:
+    data, data_note = count_data(recipe, start.tokenizer)
     on_gpu = bool(gpus())
     parts = trained = memory = None
-    if config is not None:
-        geometry = Geometry.of(config)
+    if start.config is not None:
+        geometry = Geometry.of(start.config)
         parts = parameters(geometry)
-        adapter = recipe.adapter
         trained = sum(parts.values())
         if adapter is not None:
             trained = adapter_parameters(geometry, adapter.type, adapter.r, adapter.targets)
-        memory = memory_bytes(recipe, geometry, trained, on_gpu)
-    return Plan(recipe, parts, trained, model_note, data, data_note, count_steps(recipe, data), memory, on_gpu)
+        memory = memory_bytes(recipe, geometry, trained, adapter is not None, on_gpu)
+    steps = count_steps(recipe, data)
+    return Plan(recipe, adapter, parts, trained, start.note, data, data_note, steps, memory, on_gpu)
 
 
-def model_config(recipe: Recipe) -> tuple[Mapping[str, Any] | None, str]:
-    """The model's configuration, and where it comes from or why it is not known."""
-    source = recipe.model.source
+def _start(recipe: Recipe, written: Mapping[str, Start]) -> Start:
+    """The configuration and tokenizer behind `model.from`; of a stage listed before it, that stage's."""
+    source, tokenizer = recipe.model.source, recipe.model.tokenizer
+    own_tokenizer = _folder(tokenizer) if tokenizer is not None else None
     if source == "scratch":
-        return recipe.model.config, "random weights"
+        return Start(recipe.model.config, "random weights", own_tokenizer)
     if source.startswith("stage:"):
-        return None, f"the model that stage {source.removeprefix('stage:')} writes"
-    folder = Path(source)
-    if source == "tiny":
+        name = source.removeprefix("stage:")
+        parent = written.get(name) or Start(None, f"what stage {name} writes", None)
+        return replace(parent, tokenizer=own_tokenizer or parent.tokenizer)
+    folder = _folder(source)
+    if folder is not None:
+        return Start(_read_config(folder / "config.json"), str(folder), own_tokenizer or folder)
+    return Start(*_hub_config(source), own_tokenizer)
+
+
+def _folder(name: str) -> Path | None:
+    """The local folder behind a name; None for a hub id."""
+    if name == "tiny":
         from hymba_tune.tiny import tiny_path
 
-        folder = tiny_path()
-    if folder.is_dir():
-        return _read_config(folder / "config.json"), str(folder)
-    return _hub_config(source)
+        return tiny_path()
+    return Path(name) if Path(name).is_dir() else None
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -107,12 +136,11 @@ def _hub_config(name: str) -> tuple[Mapping[str, Any] | None, str]:
     return None, f"hub: {name}, not in the local cache, so not counted"
 
 
-def count_data(recipe: Recipe) -> tuple[DataCount | None, str]:
+def count_data(recipe: Recipe, tokenizer: Path | None) -> tuple[DataCount | None, str]:
     """Tokens and rows of the mix as the run would make them, or why they are not counted."""
     from hymba_tune.data.mix import load_mix
 
     mix = load_mix(recipe.data.mix)
-    tokenizer = _tokenizer_folder(recipe)
     hub = [name for name, source in mix.sources.items() if source.hub]
     if hub:
         return None, f"on the hub, not counted: {', '.join(hub)}"
@@ -121,15 +149,6 @@ def count_data(recipe: Recipe) -> tuple[DataCount | None, str]:
     if tokenizer is None:
         return None, "the tokenizer is on the hub, not counted"
     return _count_local(recipe, mix, tokenizer), "counted"
-
-
-def _tokenizer_folder(recipe: Recipe) -> Path | None:
-    name = recipe.model.tokenizer or recipe.model.source
-    if name == "tiny":
-        from hymba_tune.tiny import tiny_path
-
-        return tiny_path()
-    return Path(name) if Path(name).is_dir() else None
 
 
 def _count_local(recipe: Recipe, mix: Any, tokenizer_folder: Path) -> DataCount:
@@ -174,7 +193,7 @@ def rows_a_step(recipe: Recipe) -> int:
     return micro * recipe.gradient_accumulation_steps * recipe.launch.processes
 
 
-def memory_bytes(recipe: Recipe, geometry: Geometry, trained: int, on_gpu: bool) -> dict[str, int]:
+def memory_bytes(recipe: Recipe, geometry: Geometry, trained: int, adapted: bool, on_gpu: bool) -> dict[str, int]:
     """Bytes of one process in a training step, without what the allocator and the libraries add.
 
     weights: 4 a parameter (float32 masters), trained or frozen, adapter included
@@ -186,7 +205,7 @@ def memory_bytes(recipe: Recipe, geometry: Geometry, trained: int, on_gpu: bool)
     logits: 256 tokens x V x 4 bytes x 3
     """
     options = recipe.trainer_arguments
-    total = sum(parameters(geometry).values()) + (trained if recipe.adapter else 0)
+    total = sum(parameters(geometry).values()) + (trained if adapted else 0)
     narrow_bytes = 2 if recipe.model.dtype == "bfloat16" or (recipe.model.dtype == "auto" and on_gpu) else 4
     layers = [activations(geometry, layer) for layer in range(len(geometry.letters))]
     bytes_of = [4 * wide + narrow_bytes * narrow for wide, narrow in layers]
@@ -239,7 +258,7 @@ def _model_rows(plan: Plan) -> list[tuple[str, str]]:
     if plan.parts is None or plan.trained is None:
         return [("parameters", f"not known: {plan.model_note}")]
     total = sum(plan.parts.values())
-    adapter = plan.recipe.adapter
+    adapter = plan.adapter
     how = f"{adapter.type}, r {adapter.r}" if adapter else "all weights"
     share = plan.trained / (total + plan.trained if adapter else total)
     return [

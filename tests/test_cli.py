@@ -73,7 +73,7 @@ def test_a_report_of_something_else_is_refused(recipe):
 
 
 def test_a_bug_of_ours_is_code_1_without_a_traceback(monkeypatch, capsys, recipe):
-    monkeypatch.setattr("hymba_tune.recipe.load_recipe", lambda *_: 1 / 0)
+    monkeypatch.setattr("hymba_tune.pipeline.load_pipeline", lambda *_: 1 / 0)
     monkeypatch.setattr(sys, "argv", ["hymba-tune", "plan", str(recipe / "one.yaml")])
     with pytest.raises(SystemExit) as caught:
         cli.main()
@@ -84,10 +84,10 @@ def test_a_bug_of_ours_is_code_1_without_a_traceback(monkeypatch, capsys, recipe
 def test_ctrl_c_in_a_run_says_how_to_go_on(monkeypatch, capsys, recipe):
     pipeline = pytest.importorskip("hymba_tune.pipeline")
 
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(pipeline, "run_recipe", interrupted)
+    monkeypatch.setattr(pipeline, "run_pipeline", interrupted)
     monkeypatch.setattr(sys, "argv", ["hymba-tune", "run", str(recipe / "one.yaml")])
     with pytest.raises(SystemExit) as caught:
         cli.main()

@@ -49,9 +49,9 @@ def test_scores_are_printed_and_written(weights, tmp_path, capsys):
 def test_an_adapter_is_folded_into_its_base(weights, tmp_path):
     import torch
 
-    from hymba_tune.evaluate import _load
     from hymba_tune.model import load_model
     from hymba_tune.model.adapter import attach_adapter
+    from hymba_tune.weights import find_weights, load_weights
 
     adapted = attach_adapter(load_model(weights), r=2)
     with torch.no_grad():
@@ -60,16 +60,16 @@ def test_an_adapter_is_folded_into_its_base(weights, tmp_path):
                 parameter.normal_(std=0.1)
     adapted.save_pretrained(tmp_path)
     ids = torch.arange(5)[None]
-    assert torch.allclose(_load(str(tmp_path))(ids).logits, adapted.eval()(ids).logits, atol=1e-5)
+    assert torch.allclose(load_weights(find_weights(str(tmp_path)))(ids).logits, adapted.eval()(ids).logits, atol=1e-5)
 
 
 def test_a_run_stands_for_what_it_trained(tmp_path):
-    from hymba_tune.evaluate import weights_folder
+    from hymba_tune.weights import find_weights
 
     run = RunDir(tmp_path / "run")
     run.write_text(run.recipe, "")
     with pytest.raises(UserError, match="has no weights yet"):
-        weights_folder(str(run.path))
+        find_weights(str(run.path))
     run.model.mkdir()
-    assert weights_folder(str(run.path)) == str(run.model)
-    assert weights_folder("someone/model") == "someone/model"
+    assert find_weights(str(run.path)).source == str(run.model)
+    assert find_weights("someone/model").source == "someone/model"

@@ -12,8 +12,8 @@ from rich.console import Console
 from hymba_tune import plan as planning
 from hymba_tune.errors import UserError
 from hymba_tune.geometry import Geometry
-from hymba_tune.plan import Plan, make_plan, memory_bytes, show
-from hymba_tune.recipe import load_recipe
+from hymba_tune.plan import Plan, make_plans, memory_bytes, show
+from hymba_tune.recipe import Recipe, load_recipe
 
 CONFIG = "{vocab_size: 97, hidden_size: 64, intermediate_size: 96, num_hidden_layers: 2, num_attention_heads: 2,"
 CONFIG += " num_key_value_heads: 1, v_head_dim: 64}"
@@ -35,6 +35,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     turns = [{"role": "user", "content": "one two"}, {"role": "assistant", "content": "three four"}]
     Path("mine.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 10)
     return tmp_path
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    return make_plans([recipe])[0]
 
 
 def printed(plan: Plan) -> str:
@@ -68,9 +72,18 @@ def test_an_unknown_hub_model_and_another_stages_model_say_why_they_are_not_coun
     assert "not known: hub: someone/else, not in the local cache" in printed(
         make_plan(load_recipe("one.yaml", ["model.from=someone/else"]))
     )
-    assert "not known: the model that stage sft1 writes" in printed(
-        make_plan(load_recipe("one.yaml", ["model.from=stage:sft1"]))
-    )
+    assert "not known: what stage sft1 writes" in printed(make_plan(load_recipe("one.yaml", ["model.from=stage:sft1"])))
+
+
+def test_a_stage_is_planned_with_what_the_stages_before_it_write(folder):
+    first = load_recipe("one.yaml", ["stage=first"])
+    second = load_recipe("one.yaml", ["stage=second", "model.from=stage:first", "adapter={type: dora, r: 8}"])
+    third = load_recipe("one.yaml", ["stage=third", "model.from=stage:second", "model.handoff=continue"])
+    plans = make_plans([first, second, third])
+    assert plans[0].parts == plans[1].parts == plans[2].parts
+    assert plans[0].trained != plans[1].trained == plans[2].trained
+    assert "what stage second writes" in printed(plans[2])
+    assert "dora, r 8" in printed(plans[2])
 
 
 def test_sources_on_the_hub_are_named_and_not_counted(folder):
@@ -126,16 +139,18 @@ def test_a_large_mix_is_extrapolated_from_some_of_it(folder, data_dir, monkeypat
 def test_memory_follows_the_formulas(folder):
     geometry = Geometry.of({})
     recipe = load_recipe("one.yaml", ["model.dtype=float32", "trainer.gradient_checkpointing=false"])
-    whole = memory_bytes(recipe, geometry, trained=1000, on_gpu=False)
+    whole = memory_bytes(recipe, geometry, trained=1000, adapted=False, on_gpu=False)
     assert (whole["gradients"], whole["optimizer"], whole["logits"]) == (4000, 8000, 4 * 256 * 32001 * 3)
-    halved = memory_bytes(load_recipe("one.yaml", ["model.dtype=bfloat16"]), geometry, trained=1000, on_gpu=False)
+    halved = memory_bytes(
+        load_recipe("one.yaml", ["model.dtype=bfloat16"]), geometry, trained=1000, adapted=False, on_gpu=False
+    )
     assert halved["activations"] < whole["activations"] / 2  # checkpointed, too
     assert halved["weights"] == whole["weights"] == 2 * halved["bfloat16 copies"]
 
 
 def test_a_plan_loads_no_torch(folder):
     code = (
-        "import sys\nfrom hymba_tune.recipe import load_recipe\nfrom hymba_tune.plan import make_plan, show\n"
-        "show(make_plan(load_recipe('one.yaml')))\nassert not {'torch', 'trl', 'peft'} & set(sys.modules)"
+        "import sys\nfrom hymba_tune.recipe import Recipe, load_recipe\nfrom hymba_tune.plan import make_plans, show\n"
+        "show(make_plans([load_recipe('one.yaml')])[0])\nassert not {'torch', 'trl', 'peft'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

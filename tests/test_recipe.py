@@ -10,6 +10,7 @@ import yaml
 from hymba_tune import trainer_keys
 from hymba_tune.errors import UserError
 from hymba_tune.paths import REPOSITORY
+from hymba_tune.pipeline import load_pipeline
 from hymba_tune.recipe import DORA_TARGETS, Recipe, load_recipe
 from hymba_tune.yaml_reader import read_yaml
 
@@ -234,23 +235,34 @@ def test_the_resolved_recipe_loads_back_unchanged(recipe_file):
 
 
 SHIPPED = sorted((REPOSITORY / "recipes").glob("*.yaml"))
+PIPELINES = [path for path in SHIPPED if "stages" in read_yaml(path)[0]]
 WITHOUT_TINY = ("sft2", "dpo", "roleplay_dora")
 """Stages, and what extends them, for which there are no embedded data yet."""
 
 
-@pytest.mark.parametrize("tiny", [False, True], ids=["real", "tiny"])
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_every_shipped_recipe_loads(path, tiny, tmp_path, monkeypatch):
-    if not os.environ.get("HYMBA_TUNE_DATA"):  # only the names have to exist here
+@pytest.fixture
+def data_names(tmp_path, monkeypatch):
+    """HYMBA_TUNE_DATA as it is, else a folder with the names that recipes look for."""
+    if not os.environ.get("HYMBA_TUNE_DATA"):
         for folder in ("hymba-1.5b", "data"):
             (tmp_path / folder).mkdir()
         monkeypatch.setenv("HYMBA_TUNE_DATA", str(tmp_path))
+
+
+@pytest.mark.parametrize("tiny", [False, True], ids=["real", "tiny"])
+@pytest.mark.parametrize("path", [path for path in SHIPPED if path not in PIPELINES], ids=lambda path: path.stem)
+def test_every_shipped_recipe_loads(path, tiny, data_names):
     if tiny and path.stem.removesuffix("_files") in WITHOUT_TINY:
         assert "has no `tiny` section" in refusal(path, tiny=True)
         return
     recipe = load_recipe(path, tiny=tiny)
     assert isinstance(recipe, Recipe)
     assert recipe.output.dir.endswith("-tiny") == tiny
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=lambda path: path.stem)
+def test_every_shipped_pipeline_loads(path, data_names):
+    assert len(load_pipeline(path).stages) > 1
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
