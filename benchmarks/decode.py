@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ PROMPT, NEW = 64, 64
 
 
 @torch.no_grad()
-def decode(model: torch.nn.Module, prompts: torch.Tensor) -> tuple[torch.Tensor, float]:
+def decode(model: Any, prompts: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Greedy tokens (B, NEW), and the tokens a second over prefill and decoding."""
     began = time.perf_counter()
     out = model.generate(

@@ -18,7 +18,6 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -93,11 +92,20 @@ def main() -> None:
     rows, batches = packed_rows(texts), padded_batches(texts)
     ours, plain = model(META), model(0)
     meta = ours.model.memory_tokens.detach()
-    sides: dict[str, Callable[[], None]] = {
-        "packed": lambda: [learn(ours, input_ids=i, labels=i, seq_idx=n) for i, n in rows] and None,
-        "leaky": lambda: [learn(ours, input_ids=i, labels=i) for i, _ in rows] and None,
-        "padded": lambda: [with_meta_everywhere(plain, meta, ids) for ids in batches] and None,
-    }
+
+    def packed() -> None:
+        for ids, numbers in rows:
+            learn(ours, input_ids=ids, labels=ids, seq_idx=numbers)
+
+    def leaky() -> None:
+        for ids, _ in rows:
+            learn(ours, input_ids=ids, labels=ids)
+
+    def padded() -> None:
+        for ids in batches:
+            with_meta_everywhere(plain, meta, ids)
+
+    sides = {"packed": packed, "leaky": leaky, "padded": padded}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     learn(ours, input_ids=rows[0][0], labels=rows[0][0])
     for _ in range(arguments.rounds):

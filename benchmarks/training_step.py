@@ -17,7 +17,8 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from transformers import FalconH1Config, FalconH1ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.falcon_h1 import FalconH1Config, FalconH1ForCausalLM
 
 from benchmarks.record import write_result
 from hymba_tune.model import HymbaConfig, HymbaForCausalLM, ops
@@ -26,7 +27,7 @@ from hymba_tune.model.precision import choose_matmul_precision
 VOCABULARY = 32_001
 
 
-def hymba() -> torch.nn.Module:
+def hymba() -> HymbaForCausalLM:
     """The shape of the paper's smaller models: global first, middle and last layers, K/V shared in pairs."""
     layers = 7
     config = HymbaConfig(
@@ -46,11 +47,13 @@ def llama() -> torch.nn.Module:
 
 
 def falcon_h1() -> torch.nn.Module:
-    config = FalconH1Config(
-        vocab_size=VOCABULARY, hidden_size=512, intermediate_size=1664, num_hidden_layers=7, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=64, mamba_d_ssm=1024, mamba_n_heads=16, mamba_d_head=64, mamba_d_state=16,
-        mamba_n_groups=1, mamba_d_conv=4, tie_word_embeddings=True, max_position_embeddings=8192,
-    )  # fmt: skip
+    keys: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "hidden_size": 512, "intermediate_size": 1664, "num_hidden_layers": 7,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "mamba_d_ssm": 1024, "mamba_n_heads": 16,
+        "mamba_d_head": 64, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_d_conv": 4, "tie_word_embeddings": True,
+        "max_position_embeddings": 8192,
+    }  # fmt: skip
+    config = FalconH1Config(**keys)
     return FalconH1ForCausalLM(config).train()
 
 

@@ -11,7 +11,7 @@ import yaml
 from hymba_tune.errors import UserError
 from hymba_tune.pipeline import load_pipeline, run_pipeline
 from hymba_tune.run_dir import RunDir
-from hymba_tune.weights import find_weights, load_weights, stage_weights
+from hymba_tune.weights import Weights, find_weights, load_weights, stage_weights
 from tests.test_stage import recipe_file  # noqa: F401  (a fixture)
 
 ADAPTER = {"type": "dora", "r": 2, "alpha": 4}
@@ -122,5 +122,5 @@ def test_a_recipe_alone_starts_from_the_run_beside_it(file: Path) -> None:
     with pytest.raises(UserError, match="run that stage first"):
         run_pipeline(alone)
     run_pipeline(load_pipeline(folder / "first.yaml", [f"output.dir={folder / 'first'}"]))
-    assert stage_weights(alone.stages[0]).base == str(folder / "first" / "model")
+    assert stage_weights(alone.stages[0]) == Weights(str(folder / "first" / "model"))
     assert run_pipeline(alone)[0].adapter.exists()

@@ -1,6 +1,7 @@
 """Adapters on every projection: matched everywhere, alive after the first backward, exact after merging."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def test_every_adapter_gets_a_gradient_at_the_first_step(model: HymbaForCausalLM
 def test_an_adapter_that_gets_no_gradient_is_named(model: HymbaForCausalLM) -> None:
     adapted = attach_adapter(model, r=2)
     adapted(input_ids=IDS, labels=IDS).loss.backward()
-    dead = adapted.get_base_model().model.layers[1].mamba.x_proj[0]
+    dead = adapted.get_submodule("base_model.model.model.layers.1.mamba.x_proj.0")
     for parameter in dead.parameters():
         parameter.grad = None
     with pytest.raises(UserError, match=r"no gradient reached .*layers\.1\.mamba\.x_proj\.0"):
@@ -66,7 +67,7 @@ def test_targets_that_cannot_work_are_refused(model: HymbaForCausalLM, targets: 
         attach_adapter(model, targets=targets)
 
 
-def test_merged_weights_compute_what_the_adapter_did(model: HymbaForCausalLM, tmp_path) -> None:
+def test_merged_weights_compute_what_the_adapter_did(model: HymbaForCausalLM, tmp_path: Path) -> None:
     base = copy.deepcopy(model)
     adapted = attach_adapter(model, r=2)
     with torch.no_grad():
@@ -76,7 +77,7 @@ def test_merged_weights_compute_what_the_adapter_did(model: HymbaForCausalLM, tm
     adapted.eval()
     expected = adapted(input_ids=IDS).logits
     assert not torch.allclose(expected, base(IDS).logits)
-    adapted.save_pretrained(tmp_path)
+    adapted.save_pretrained(str(tmp_path))
     merged = merge_adapter(adapted)
     torch.testing.assert_close(merged(IDS).logits, expected, atol=MERGE_TOLERANCE, rtol=0)
     assert set(merged.state_dict()) == set(base.state_dict())
@@ -84,6 +85,6 @@ def test_merged_weights_compute_what_the_adapter_did(model: HymbaForCausalLM, tm
     torch.testing.assert_close(again(input_ids=IDS).logits.double(), expected, atol=1e-4, rtol=0)
 
 
-def test_a_folder_without_an_adapter_is_refused(model: HymbaForCausalLM, tmp_path) -> None:
+def test_a_folder_without_an_adapter_is_refused(model: HymbaForCausalLM, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="give a folder that an adapter run of this base wrote"):
         load_adapter(model, tmp_path)
