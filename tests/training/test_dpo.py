@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import trl.trainer.utils
 from datasets import Dataset, load_from_disk
 from trl import DPOConfig
 
@@ -89,6 +90,24 @@ def test_a_pairs_log_probabilities_are_those_of_each_conversation_alone(
     rows: Any = trainer_of(model, tokenizer, pairs, tmp_path, batch).train_dataset
     found = torch.tensor([rows["ref_chosen_logps"][:], rows["ref_rejected_logps"][:]], dtype=torch.float64).T
     torch.testing.assert_close(found, expected, atol=LOG_PROB_TOLERANCE, rtol=0)
+
+
+def test_only_tokens_with_a_label_are_projected_onto_the_vocabulary(
+    model: HymbaForCausalLM, tokenizer: Any, pairs: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    projected = []
+    head = trl.trainer.utils._ChunkedLogProbFunction
+
+    class Counted(head):  # type: ignore[valid-type, misc]
+        @classmethod
+        def apply(cls, hidden: torch.Tensor, *args: Any) -> Any:
+            projected.append(len(hidden))
+            return head.apply(hidden, *args)
+
+    monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", Counted)
+    trainer_of(model, tokenizer, pairs.select(range(4)), tmp_path, batch=4)
+    replies = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in pairs.select(range(4)))
+    assert projected == [replies, replies], "once for the training rows, once for the held-out ones"
 
 
 @pytest.mark.parametrize("continued", [False, True, None], ids=["fresh adapter", "trained adapter", "full weights"])
