@@ -64,7 +64,7 @@ def segment_attention(
         return _Attention.apply(*operands, tuple(cu_seqlens.tolist()), window).to(q.dtype)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=4)
 def plan(boundaries: tuple[int, ...], window: int | None) -> tuple[Block, ...]:
     """The blocks of segments boundaries[s] : boundaries[s + 1]; every layer of a forward pass asks for the same."""
     tokens = boundaries[-1]
