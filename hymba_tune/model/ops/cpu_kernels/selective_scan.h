@@ -1,12 +1,13 @@
 /* Selective scan of reference.py, forward and backward, vectorised over channels.
 
    Work is cut into groups of channels, which share nothing but the sums over channels in the gradients of B and C; each
-   group goes through the segments in order. In a segment time is cut into chunks of SCAN_CHUNK tokens: the forward keeps the
-   states at chunk starts (not of a segment's first: that's its initial state), and the backward recomputes a chunk's
-   states and decays from there, which then fit into the cache.
+   group goes through the segments in order. In a segment time is cut into chunks of SCAN_CHUNK tokens: the forward
+   keeps the states at chunk starts (not of a segment's first: that's its initial state), and the backward recomputes
+   a chunk's states and decays from there, which then fit into the cache.
 
-   Shapes, row-major: x, gate, y (T, channels) IO, dt (T, channels), A (states, channels), B, C (T, states), D (channels),
-   initial, final (S, states, channels). Rows may be slices of wider rows where a stride is given. Rates are A * log2(e).
+   Shapes, row-major: x, gate, y (T, channels) IO, dt (T, channels), A (states, channels), B, C (T, states), D
+   (channels), initial, final (S, states, channels). Rows may be slices of wider rows where a stride is given. Rates are
+   A * log2(e).
    In a group, arrays of vectors are (blocks, states), and of a chunk (tokens, states). */
 
 #define PADDING 9 /* vectors between arrays, lest equal indices compete for the same cache sets */
@@ -30,25 +31,32 @@ typedef struct {
     REAL *initial; /* or NULL: not wanted */
 } NAME(scan_gradients);
 
-/* (states, channels) in memory -> (states) vectors over lanes, and back */
-INLINE void NAME(load_state)(VEC *state, const REAL *from, int states, int64_t channels, int64_t channel) {
-    int lanes = NAME(lanes)(channels, channel);
-    for (int n = 0; n < states; n++) state[n] = NAME(load)(from + n * channels + channel, lanes);
+/* (states, channels) in memory, NULL for zeros -> (blocks, states) vectors over lanes, and back. States are the outer
+   loop, for neighbouring channels are neighbours in memory. */
+INLINE void NAME(load_states)(VEC *to, const REAL *from, int states, int64_t channels, int64_t first, int blocks) {
+    for (int n = 0; n < states; n++)
+        for (int b = 0; b < blocks; b++) {
+            int64_t channel = first + b * LANES;
+            to[b * states + n] =
+                from ? NAME(load)(from + n * channels + channel, NAME(lanes)(channels, channel)) : (VEC){0};
+        }
 }
 
-INLINE void NAME(store_state)(REAL *to, const VEC *state, int states, int64_t channels, int64_t channel) {
-    int lanes = NAME(lanes)(channels, channel);
-    for (int n = 0; n < states; n++) NAME(store)(to + n * channels + channel, state[n], lanes);
+INLINE void NAME(store_states)(REAL *to, const VEC *from, int states, int64_t channels, int64_t first, int blocks) {
+    for (int n = 0; n < states; n++)
+        for (int b = 0; b < blocks; b++) {
+            int64_t channel = first + b * LANES;
+            NAME(store)(to + n * channels + channel, from[b * states + n], NAME(lanes)(channels, channel));
+        }
 }
 
-INLINE void NAME(load_rates)(const NAME(scan) *in, int64_t channel, int states, VEC *rates) {
-    NAME(load_state)(rates, in->A, states, in->channels, channel);
-    for (int n = 0; n < states; n++) rates[n] *= LOG2E;
+INLINE void NAME(load_rates)(VEC *rates, const NAME(scan) *in, int states, int64_t first, int blocks) {
+    NAME(load_states)(rates, in->A, states, in->channels, first, blocks);
+    for (int i = 0; i < blocks * states; i++) rates[i] *= LOG2E;
 }
 
-INLINE void NAME(load_initial)(const NAME(scan) *in, int64_t s, int64_t channel, int states, VEC *state) {
-    if (!in->initial) memset(state, 0, states * sizeof(VEC));
-    else NAME(load_state)(state, in->initial + s * in->initial_stride, states, in->channels, channel);
+INLINE const REAL *NAME(initial)(const NAME(scan) *in, int64_t s) {
+    return in->initial ? in->initial + s * in->initial_stride : NULL;
 }
 
 /* Where the state before chunk `c` >= 1 of the segment that starts at token `start` is kept. */
@@ -85,10 +93,10 @@ INLINE void NAME(scan_forward_block)(const NAME(scan) *in, int64_t token, int le
 INLINE void NAME(scan_forward_group)(const NAME(scan) *in, int64_t first, int states, IO *y, REAL *final) {
     int blocks = NAME(blocks_in_group)(in->channels, first);
     VEC *rates = aligned_alloc(VECTOR_BYTES, 2 * blocks * states * sizeof(VEC)), *state = rates + blocks * states;
-    for (int b = 0; b < blocks; b++) NAME(load_rates)(in, first + b * LANES, states, rates + b * states);
+    NAME(load_rates)(rates, in, states, first, blocks);
     for (int64_t s = 0; s < in->segments; s++) {
         int64_t start = in->cu_seqlens[s], end = in->cu_seqlens[s + 1];
-        for (int b = 0; b < blocks; b++) NAME(load_initial)(in, s, first + b * LANES, states, state + b * states);
+        NAME(load_states)(state, NAME(initial)(in, s), states, in->channels, first, blocks);
         for (int64_t t = start, c = 0; t < end; t += SCAN_CHUNK, c++)
             for (int b = 0; b < blocks; b++) {
                 int64_t channel = first + b * LANES;
@@ -97,9 +105,7 @@ INLINE void NAME(scan_forward_group)(const NAME(scan) *in, int64_t first, int st
                 NAME(scan_forward_block)(in, t, (int)MIN(SCAN_CHUNK, end - t), channel, states, rates + b * states,
                                          state + b * states, y);
             }
-        REAL *last = final + s * states * in->channels;
-        for (int b = 0; b < blocks; b++)
-            NAME(store_state)(last, state + b * states, states, in->channels, first + b * LANES);
+        NAME(store_states)(final + s * states * in->channels, state, states, in->channels, first, blocks);
     }
     free(rates);
 }
@@ -211,7 +217,7 @@ INLINE void NAME(scan_backward_chunk)(const NAME(scan) *in, const NAME(scan_grad
     for (int b = 0; b < w->blocks; b++) {
         int64_t channel = w->first + b * LANES;
         if (c) memcpy(w->before, NAME(checkpoint)(in, start, c, channel, states), states * sizeof(VEC));
-        else NAME(load_initial)(in, s, channel, states, w->before);
+        else NAME(load_states)(w->before, NAME(initial)(in, s), states, in->channels, channel, 1);
         NAME(scan_recompute_block)(in, grad, token, length, channel, states, w->rates + b * states, w);
         NAME(scan_backward_block)(in, grad, token, length, b, states, w);
     }
@@ -224,18 +230,13 @@ INLINE void NAME(scan_backward_chunk)(const NAME(scan) *in, const NAME(scan_grad
 /* The state's gradient comes from `final` at the segment's end and goes to `initial`, summed where that is shared. */
 INLINE void NAME(scan_backward_segment)(const NAME(scan) *in, const NAME(scan_gradients) *grad, int64_t s, int states,
                                         NAME(scan_workspace) *w) {
-    memset(w->dstate, 0, w->blocks * states * sizeof(VEC));
-    if (grad->final)
-        for (int b = 0; b < w->blocks; b++)
-            NAME(load_state)(w->dstate + b * states, grad->final + s * states * in->channels, states, in->channels,
-                             w->first + b * LANES);
+    int64_t offset = s * states * in->channels;
+    NAME(load_states)(w->dstate, grad->final ? grad->final + offset : NULL, states, in->channels, w->first, w->blocks);
     int64_t chunks = (in->cu_seqlens[s + 1] - in->cu_seqlens[s] + SCAN_CHUNK - 1) / SCAN_CHUNK;
     for (int64_t c = chunks - 1; c >= 0; c--) NAME(scan_backward_chunk)(in, grad, s, c, states, w);
     for (int i = 0; i < w->blocks * states; i++) w->dinitial[i] += w->dstate[i];
-    if (!grad->initial || !in->initial_stride) return;
-    for (int b = 0; b < w->blocks; b++)
-        NAME(store_state)(grad->initial + s * in->initial_stride, w->dstate + b * states, states, in->channels,
-                          w->first + b * LANES);
+    if (grad->initial && in->initial_stride)
+        NAME(store_states)(grad->initial + offset, w->dstate, states, in->channels, w->first, w->blocks);
 }
 
 INLINE void NAME(scan_backward_group)(const NAME(scan) *in, const NAME(scan_gradients) *grad, int64_t first, int states,
@@ -252,14 +253,14 @@ INLINE void NAME(scan_backward_group)(const NAME(scan) *in, const NAME(scan_grad
     w->dB = w->decay + inside;
     w->dC = w->dB + inside;
     memset(w->dA, 0, 2 * across * sizeof(VEC));
-    for (int b = 0; b < w->blocks; b++) NAME(load_rates)(in, first + b * LANES, states, w->rates + b * states);
+    NAME(load_rates)(w->rates, in, states, first, w->blocks);
     for (int64_t s = 0; s < in->segments; s++) NAME(scan_backward_segment)(in, grad, s, states, w);
+    NAME(store_states)(grad->A, w->dA, states, in->channels, first, w->blocks);
+    if (grad->initial && !in->initial_stride)
+        NAME(store_states)(grad->initial, w->dinitial, states, in->channels, first, w->blocks);
     for (int b = 0; b < w->blocks; b++) {
         int64_t channel = first + b * LANES;
-        NAME(store_state)(grad->A, w->dA + b * states, states, in->channels, channel);
         NAME(store)(grad->D + channel, w->dD[b], NAME(lanes)(in->channels, channel));
-        if (grad->initial && !in->initial_stride)
-            NAME(store_state)(grad->initial, w->dinitial + b * states, states, in->channels, channel);
     }
     free(w->rates);
     free(w);
