@@ -1,11 +1,17 @@
-"""Cross-entropy over the vocabulary that never holds the logits of a whole batch."""
+"""Cross-entropy over the vocabulary that never holds the logits of a whole batch, and computes each of them once.
+
+The gradient of cross-entropy needs nothing but the probabilities, so it is taken while a chunk's logits are there: the
+forward pass leaves the gradients of hidden states and head, the backward pass only scales them.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 # Tokens scored at a time: 256 x 32,001 float32 logits are 33 MB.
 CHUNK = 256
@@ -13,7 +19,7 @@ IGNORED = -100
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, head: nn.Module, labels: Tensor, num_items: Tensor | int | None = None
+    hidden: Tensor, head: nn.Linear, labels: Tensor, num_items: Tensor | int | None = None
 ) -> Tensor:
     """Mean cross-entropy of labels (..,) under the logits head(hidden) (.., V), summed in float32.
 
@@ -26,12 +32,41 @@ def chunked_cross_entropy(
     """
     scored = labels.flatten() != IGNORED
     hidden, labels = hidden.flatten(0, -2)[scored], labels.flatten()[scored]
-    total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-    for h, y in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True):
-        total = total + checkpoint(_summed, h, head, y, use_reentrant=False)
+    total: Tensor = _SummedCrossEntropy.apply(hidden, head.weight, labels)
     return total / torch.as_tensor(len(labels) if num_items is None else num_items).clamp(min=1)
 
 
-def _summed(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
-    logits = head(hidden)
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum")
+class _SummedCrossEntropy(torch.autograd.Function):
+    """hidden (T, C), weight (V, C), labels (T,) -> the sum of cross-entropies ()."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        for_hidden, for_weight, _ = ctx.needs_input_grad
+        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        d_hidden = torch.zeros_like(hidden) if for_hidden else None
+        d_weight = torch.zeros_like(weight) if for_weight else None
+        for start in range(0, len(labels), CHUNK):
+            h, y = hidden[start : start + CHUNK], labels[start : start + CHUNK, None]
+            logits = F.linear(h, weight)
+            wide = logits.to(total.dtype)
+            normaliser = wide.logsumexp(1, keepdim=True)
+            total += (normaliser - wide.gather(1, y)).sum()
+            if d_hidden is None and d_weight is None:
+                continue
+            d_logits = wide.sub_(normaliser).exp_()
+            d_logits.scatter_add_(1, y, d_logits.new_full((), -1.0).expand(y.shape))
+            d_logits = d_logits.to(logits.dtype)
+            if d_hidden is not None:
+                d_hidden[start : start + CHUNK] = d_logits @ weight
+            if d_weight is not None:
+                d_weight += d_logits.T @ h
+        ctx.save_for_backward(d_hidden, d_weight)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        d_hidden, d_weight = (
+            None if gradient is None else gradient * d_total.to(gradient.dtype) for gradient in ctx.saved_tensors
+        )
+        return d_hidden, d_weight, None

@@ -28,21 +28,8 @@ from hymba_tune.model import ops
 from hymba_tune.model.cache import HymbaCache
 from hymba_tune.model.config import HymbaConfig
 from hymba_tune.model.loss import chunked_cross_entropy
+from hymba_tune.model.norm import RMSNorm
 from hymba_tune.model.stream import Stream, packed_to_stream, restarts, rows_to_stream
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, the mean of squares in float32; the input's dtype comes back."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (self.weight * wide).to(x.dtype)
 
 
 class DtProjection(nn.Linear):
@@ -131,10 +118,9 @@ class HybridHeadMixer(nn.Module):
         if not meta:
             return ops.segment_attention(q, k, v, stream.cu_seqlens, window=self.window)
         ends = torch.tensor([0, meta], device=q.device)
-        of_meta = ops.segment_attention(q[:meta], k[:meta], v[:meta], ends)
-        of_documents = ops.segment_attention(
-            q[meta:], k[meta:], v[meta:], stream.cu_seqlens, k[:meta], v[:meta], self.window
-        )
+        (q_meta, q), (k_meta, k), (v_meta, v) = (_split_meta(part, meta) for part in (q, k, v))
+        of_meta = ops.segment_attention(q_meta, k_meta, v_meta, ends)
+        of_documents = ops.segment_attention(q, k, v, stream.cu_seqlens, k_meta, v_meta, self.window)
         return torch.cat([of_meta, of_documents])
 
     def _ssm(self, x: Tensor, gate: Tensor, stream: Stream, cache: HymbaCache | None) -> Tensor:
@@ -145,8 +131,9 @@ class HybridHeadMixer(nn.Module):
             y, conv_state, scan_state = self._scan(x, gate, stream.cu_seqlens, conv_state, scan_state)
         else:
             ends = torch.tensor([0, meta], device=x.device)
-            y_meta, conv_state, scan_state = self._scan(x[:meta], gate[:meta], ends, conv_state, scan_state)
-            y, conv_state, scan_state = self._scan(x[meta:], gate[meta:], stream.cu_seqlens, conv_state, scan_state)
+            (x_meta, x), (gate_meta, gate) = _split_meta(x, meta), _split_meta(gate, meta)
+            y_meta, conv_state, scan_state = self._scan(x_meta, gate_meta, ends, conv_state, scan_state)
+            y, conv_state, scan_state = self._scan(x, gate, stream.cu_seqlens, conv_state, scan_state)
             y = torch.cat([y_meta, y])
         if cache is not None:
             cache.set_states(self.layer, conv_state, scan_state)
@@ -453,6 +440,12 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
             raise ValueError(f"cache_implementation={kind!r}: Hymba has a cache of its own; leave it out")
         if given is None and generation_config.use_cache:
             model_kwargs["past_key_values"] = HymbaCache(self.config, max_length=max_cache_length)
+
+
+def _split_meta(x: Tensor, meta: int) -> tuple[Tensor, Tensor]:
+    """(T, ..) -> the meta tokens' rows and the others': a split, whose backward is one copy where slices take six."""
+    of_meta, others = x.split([meta, x.shape[0] - meta])
+    return of_meta, others
 
 
 def _rope_table(rope_ids: Tensor, config: HymbaConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
