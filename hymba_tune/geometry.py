@@ -209,18 +209,17 @@ def adapter_parameters(g: Geometry, kind: str, r: int, targets: Iterable[str]) -
 def activations(g: Geometry, layer: int) -> tuple[int, int]:
     """Numbers that one token leaves in one layer for the backward pass: (always float32, in the compute dtype).
 
-    float32: input and normed input of both norms (4 C) and of the norm of each branch (2 Dn), dt after its projection
-    (Dn). Compute dtype: output of both norms (2 C); output of in_proj; q and k rotated, output of attention (H dv);
-    output of the conv, of x_proj and the mean of the branches; gate, silu(gate), up and their product in the MLP (4 I).
+    float32: input of both norms (2 C), dt after its projection (Dn). Compute dtype: output of both norms (2 C); output
+    of in_proj; q and k rotated, output of attention (H dv) and of the scan (Dn), which their norms keep; output of the
+    conv, of x_proj and the mean of the branches; gate, silu(gate), up and their product in the MLP (4 I).
     What is recomputed (scan states, attention probabilities) is not kept.
     """
     letter, width = g.letters[layer], g.mixer_width(layer)
-    wide, narrow = 4 * g.hidden, 2 * g.hidden + width + 4 * g.mlp
+    wide, narrow = 2 * g.hidden, 2 * g.hidden + width + 4 * g.mlp
     if letter != "m":
         made = g.kv_heads * g.head_dim if g.producers[layer] else 0
-        wide += 2 * width
         narrow += g.attention_rows(layer) + g.heads * g.head_dim + made + g.heads * g.value_head_dim
     if letter != "a":
-        wide += 3 * width
-        narrow += 3 * g.inner + g.rank + 2 * g.state
+        wide += width
+        narrow += 3 * g.inner + width + g.rank + 2 * g.state
     return wide, narrow

@@ -85,7 +85,12 @@ def test_ctrl_c_in_a_run_says_how_to_go_on(monkeypatch, capsys, recipe):
     pipeline = pytest.importorskip("hymba_tune.pipeline")
 
     def interrupted(*_: object, **__: object) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
+        # A shell that starts the tests in the background has them ignore Ctrl-C.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     monkeypatch.setattr(pipeline, "run_pipeline", interrupted)
     monkeypatch.setattr(sys, "argv", ["hymba-tune", "run", str(recipe / "one.yaml")])
