@@ -27,13 +27,14 @@ if TYPE_CHECKING:
 
 VOCABULARY = 1792
 ROW_TOKENS = 2048
-STEPS = 3000
+STEPS = 2500
 PEAK_LEARNING_RATE, LAST_LEARNING_RATE = 4e-3, 1e-5
 WARM_UP, DECAY = 0.01, 0.2
 """Shares of all steps (the paper's schedule: warm-up, stable, decay)."""
 
 # What counts as a word for the tokenizer. Chat markers, and the structure of JSON around keys, may become one token:
-# short sequences are cheap. Digits stay single, so that arithmetic sees them.
+# short sequences are cheap. Digits stay single, so that arithmetic sees them. A capitalised word never takes the space
+# before it along: a name is the same token in prose, at the start of a line and in JSON, which makes it easy to copy.
 _WORDS = "|".join(
     (
         r"\n*<extra_id_\d>[A-Z][a-z]+\n?",
@@ -198,7 +199,9 @@ def make_base(out: Path, steps: int = STEPS, seed: int = 0) -> None:
     import torch
 
     from hymba_tune.model import HymbaForCausalLM
+    from hymba_tune.model.precision import choose_matmul_precision
 
+    choose_matmul_precision()
     tokenizer = make_tokenizer()
     torch.manual_seed(seed)
     model = HymbaForCausalLM(tiny_config(len(tokenizer)))

@@ -1,0 +1,119 @@
+"""The embedded model: what ships is what the command makes, fits its bounds, and has not been taught the tasks."""
+
+import random
+
+import pytest
+import torch
+
+from hymba_tune import tiny
+from hymba_tune.data.chat import encode_conversation, load_tokenizer, prompt_ids
+from hymba_tune.data.synthetic import GENERATORS, held_out, raw_document
+from hymba_tune.model import HymbaForCausalLM, load_model
+
+SHIPPED_BYTES = 4_000_000
+PARAMETERS = 2_000_000
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(tiny.tiny_path())
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_model(tiny.tiny_path()).eval()
+
+
+def test_it_is_small_and_its_files_are_those_of_any_checkpoint(base):
+    files = {path.name: path.stat().st_size for path in tiny.tiny_path().iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= set(files)
+    assert sum(files.values()) <= SHIPPED_BYTES
+    assert sum(parameter.numel() for parameter in base.parameters()) <= PARAMETERS
+
+
+def test_it_has_every_part_of_the_large_model(base):
+    config = base.config
+    layers = range(config.num_hidden_layers)
+    assert config.num_memory_tokens > 0
+    assert [config.is_global(layer) for layer in layers].count(True) == 3
+    assert any(config.kv_producer(layer) != layer for layer in layers)
+    assert all(config.has_attention(layer) and config.has_ssm(layer) for layer in layers)
+    assert config.rope_type == "ntk"
+    assert config.tie_word_embeddings
+    assert all(
+        getattr(config, key) == value for key, value in tiny.tiny_config().to_diff_dict().items() if key != "dtype"
+    )
+
+
+def test_the_window_is_shorter_than_a_prompt(base, tokenizer):
+    lengths = [len(prompt_ids(tokenizer, item["messages"], item.get("tools"))) for item in held_out("tiny_calls", 50)]
+    assert sum(lengths) / 50 > 2 * base.config.sliding_window
+
+
+def test_special_tokens_stand_where_the_large_tokenizer_has_them(tokenizer, base):
+    assert tokenizer.convert_tokens_to_ids(["<unk>", "<s>", "</s>"]) == [0, 1, 2]
+    assert tokenizer.pad_token_id == len(tokenizer) - 1 == base.config.vocab_size - 1 == base.config.pad_token_id
+    assert tokenizer.encode("pens")[0] == tokenizer.bos_token_id
+    assert set(tokenizer.all_special_tokens) == {"<unk>", "<s>", "</s>", "[PAD]"}
+
+
+@pytest.mark.parametrize(
+    "text", ["Zoë: 3 × 4 = 12 €", "日本語\t\r\n  x", "\x00\x7f\u200f\U0001f600", " leading", "a  b\n\n    c ", ""]
+)
+def test_any_text_is_encoded_and_comes_back(tokenizer, text):
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+    assert 0 not in ids
+
+
+def test_digits_stay_single(tokenizer):
+    assert tokenizer.tokenize("2048") == ["2", "0", "4", "8"]
+
+
+def test_turn_markers_cost_one_token_each_and_stay_ordinary_text(tokenizer):
+    one, two = ([{"role": "user", "content": "Hello."}], [{"role": "user", "content": "Hello. <extra_id_1>"}])
+    plain = len(tokenizer.encode("Hello.", add_special_tokens=False))
+    assert len(prompt_ids(tokenizer, one)) == plain + 3
+    assert len(prompt_ids(tokenizer, two)) > plain + 4
+
+
+def test_sequences_are_short(tokenizer):
+    rng = random.Random(0)
+    lengths = []
+    for generate in GENERATORS.values():
+        for conversation in (generate(rng) for _ in range(100)):
+            document = encode_conversation(tokenizer, conversation["messages"], conversation.get("tools"))
+            lengths.append(len(document.input_ids))
+    assert sum(lengths) / len(lengths) < 100
+    assert max(lengths) < 512
+
+
+def test_pretraining_is_repeatable_and_learns(tokenizer, monkeypatch, capsys):
+    monkeypatch.setattr(tiny, "ROW_TOKENS", 200)
+    trained = [_pretrained(tokenizer, steps=8) for _ in range(2)]
+    assert all(torch.equal(first, second) for first, second in zip(*trained, strict=True))
+    losses = [float(line.split()[3]) for line in capsys.readouterr().out.splitlines()]
+    assert losses[7] < losses[0] - 0.5
+
+
+def _pretrained(tokenizer, steps):
+    torch.manual_seed(0)
+    model = HymbaForCausalLM(tiny.tiny_config())
+    tiny.pretrain(model, tokenizer, steps)
+    return list(model.parameters())
+
+
+def test_the_base_knows_the_documents_world(base, tokenizer):
+    """Arithmetic it has met as plain text: the most likely next digits of an equation are right."""
+    rng = random.Random(5)
+    equations = [
+        line for _ in range(200) for line in raw_document(rng).split("\n") if line.count(" ") == 4 and "=" in line
+    ]
+    right = 0
+    for equation in equations[:40]:
+        ids = tokenizer.encode(equation + "\n")
+        start = len(tokenizer.encode(equation.rpartition(" ")[0]))
+        with torch.no_grad():
+            guesses = base(torch.tensor([ids])).logits[0].argmax(-1).tolist()
+        right += guesses[start:-2] == ids[start + 1 : -1]
+    assert right >= 30
