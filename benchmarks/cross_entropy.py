@@ -52,8 +52,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--variant", choices=VARIANTS, help="measure this one and print it (what a round starts)")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     if arguments.variant:
-        torch.set_num_threads(arguments.threads)
         print(json.dumps(measure(arguments.variant)))
         return
     names = [name for name in VARIANTS if name != "fused" or hasattr(F, "linear_cross_entropy")]
@@ -68,7 +68,7 @@ def main() -> None:
         f"{name} / plain": {key: medians[name][key] / medians["plain"][key] for key in ("peak_bytes", "cpu_seconds")}
         for name in names[1:]
     }
-    shape = {"tokens": TOKENS, "hidden": HIDDEN, "vocabulary": VOCABULARY, "threads": arguments.threads}
+    shape = {"tokens": TOKENS, "hidden": HIDDEN, "vocabulary": VOCABULARY}
     write_result("cross_entropy", {**shape, "sides": medians, "ratios": ratios})
 
 
