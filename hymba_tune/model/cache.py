@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from hymba_tune.model.config import HymbaConfig
+from hymba_tune.model.precision import exact_products
 from hymba_tune.model.stream import Stream
 
 # Queries attended at a time when a long chunk continues a cache: bounds the scores at 256 x (M + P + L) a head.
@@ -155,10 +156,13 @@ class HymbaCache(Cache):
         assert self.lengths is not None
         rows = _Rows.of(stream, self.lengths, self._cached_positions(layer))
         q_BLHd, k_BLHd, v_BLHd = stream.unflatten(q), stream.unflatten(k), stream.unflatten(v)
-        blocks = [
-            _attend_rows(q_BLHd[:, i : i + _QUERY_BLOCK], k_BLHd, v_BLHd, self.layers[layer], rows.queries(i), window)
-            for i in range(0, q_BLHd.shape[1], _QUERY_BLOCK)
-        ]
+        with exact_products():
+            blocks = [
+                _attend_rows(
+                    q_BLHd[:, i : i + _QUERY_BLOCK], k_BLHd, v_BLHd, self.layers[layer], rows.queries(i), window
+                )
+                for i in range(0, q_BLHd.shape[1], _QUERY_BLOCK)
+            ]
         return stream.flatten(blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1))
 
     def _cached_positions(self, layer: int) -> Tensor:

@@ -7,6 +7,8 @@ with AMX it may truly round to bfloat16, so a probe measures the error first.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -29,6 +31,17 @@ def choose_matmul_precision() -> str:
     if _product_error() > _FLOAT32_ERROR:
         torch.set_float32_matmul_precision("highest")
     return torch.get_float32_matmul_precision()
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """float32 products by MKL inside the block: `medium` makes the small batched ones of decoding slow."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _product_error() -> float:
