@@ -4,8 +4,8 @@
    that output i reads h[i + 1 .. i + K] and the final state is the last K of h. The last K rows of h (and of its
    gradient) are kept in a ring: row j in slot j % K.
 
-   Shapes, row-major: x, y (T, channels), initial, final (S, K, channels), all IO; weight (K, channels), bias (channels).
-   In a group, a row is `blocks` vectors, a ring K rows. */
+   Shapes, row-major: x, y (T, channels), initial, final (S, K, channels), all IO; weight (K, channels), bias
+   (channels). In a group, a row is `blocks` vectors, a ring K rows. */
 
 typedef struct {
     int64_t threads, segments, channels, taps;

@@ -1,6 +1,6 @@
 /* CPU kernels of hymba_tune.model.ops.cpu, instantiated for float, bfloat16 in and out of float, and double.
 
-   Everything is a plain C function on raw pointers: no torch header, so that it compiles in a second or two. Every sum
+   Everything is a plain C function on raw pointers: no torch header, so that it compiles in seconds. Every sum
    over channels or tokens is taken in an order that depends on the shapes only, never on the number of threads. */
 
 #include <stdint.h>

@@ -130,8 +130,8 @@ typedef struct {
 } NAME(scan_workspace);
 
 /* Recomputes a chunk's states and decays; the gate's gradient needs no more than that. */
-INLINE void NAME(scan_recompute_block)(const NAME(scan) *in, const NAME(scan_gradients) *grad, int64_t token, int length,
-                                       int64_t channel, int states, const VEC *rates, NAME(scan_workspace) *w) {
+INLINE void NAME(scan_recompute_block)(const NAME(scan) *in, const NAME(scan_gradients) *grad, int64_t token,
+                                       int length, int64_t channel, int states, const VEC *rates, NAME(scan_workspace) *w) {
     int lanes = NAME(lanes)(in->channels, channel);
     VEC skip = NAME(load)(in->D + channel, lanes);
     for (int i = 0; i < length; i++) {
@@ -161,8 +161,8 @@ INLINE void NAME(scan_recompute_block)(const NAME(scan) *in, const NAME(scan_gra
 
 /* Fetches row t of the block that comes next, in this chunk or, after its last block, in the chunk before: rows lie
    further apart than the hardware looks ahead. */
-INLINE void NAME(prefetch_next_block)(const NAME(scan) *in, const NAME(scan_gradients) *grad, int64_t t, int64_t channel,
-                                      const NAME(scan_workspace) *w) {
+INLINE void NAME(prefetch_next_block)(const NAME(scan) *in, const NAME(scan_gradients) *grad, int64_t t,
+                                      int64_t channel, const NAME(scan_workspace) *w) {
     channel += LANES;
     if (channel == w->first + w->blocks * LANES) channel = w->first, t = MAX(t - SCAN_CHUNK, 0);
     __builtin_prefetch(in->x + t * in->x_stride + channel);

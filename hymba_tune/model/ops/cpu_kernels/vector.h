@@ -61,7 +61,7 @@ INLINE VEC NAME(polynomial)(const REAL *coefficients, int count, VEC z) {
     return sum;
 }
 
-/* 2^z for z up to the largest exponent; 0 below the smallest normal number (and for NaN, which its caller carries on) */
+/* 2^z for z up to the largest exponent; 0 below the smallest normal number and for NaN, which the caller carries on */
 INLINE VEC NAME(exp2)(VEC z) {
     VEC shifted = z + ROUNDING_SHIFT; /* its low bits are round(z) */
     VEC fraction = z - (shifted - ROUNDING_SHIFT);
