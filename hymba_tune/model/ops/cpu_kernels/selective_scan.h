@@ -131,7 +131,8 @@ typedef struct {
 
 /* Recomputes a chunk's states and decays; the gate's gradient needs no more than that. */
 INLINE void NAME(scan_recompute_block)(const NAME(scan) *in, const NAME(scan_gradients) *grad, int64_t token,
-                                       int length, int64_t channel, int states, const VEC *rates, NAME(scan_workspace) *w) {
+                                       int length, int64_t channel, int states, const VEC *rates,
+                                       NAME(scan_workspace) *w) {
     int lanes = NAME(lanes)(in->channels, channel);
     VEC skip = NAME(load)(in->D + channel, lanes);
     for (int i = 0; i < length; i++) {
