@@ -23,10 +23,15 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+data_app = typer.Typer(help="Look at training data before it trains anything.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, as in recipes/sft1.yaml.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings over the recipe's: trainer.max_steps=10")
 ]
+MixFile = Annotated[str, typer.Argument(metavar="MIX", help="A mix file, or the name of one in data_mixes/: sft1_tiny")]
+Tokenizer = Annotated[str, typer.Option(help="A folder, run or hub id with a tokenizer, or tiny.")]
 Tiny = Annotated[bool, typer.Option("--tiny", help="Lay the recipe's `tiny` section on top: embedded model and data.")]
 
 
@@ -132,6 +137,24 @@ def report(
             raise UserError(f"{run}: holds no run (no recipe.yaml); give a run directory, as in runs/sft1")
     for run in runs:
         print(write_report(run))
+
+
+@data_app.command(name="preview")
+def data_preview(
+    mix: MixFile,
+    tokenizer: Tokenizer = "tiny",
+    rows: Annotated[int, typer.Option(min=1, help="Packed rows, or preference pairs, to show.")] = 3,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens a row, as in data.max_length.")] = 2048,
+    seed: Annotated[int, typer.Option(help="As in data.seed.")] = 0,
+) -> None:
+    """Show conversations as the model sees them: turns, special tokens, tokens with loss, packing boundaries."""
+    from hymba_tune.hub import check_hub
+
+    check_hub({"--tokenizer": tokenizer})
+    from hymba_tune.inspection.preview import preview_mix
+    from hymba_tune.inspection.terminal import show_preview
+
+    show_preview(preview_mix(mix, tokenizer, rows=rows, max_length=max_length, seed=seed))
 
 
 @app.command()
