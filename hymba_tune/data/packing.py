@@ -30,7 +30,15 @@ from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerFast
 
 from hymba_tune.data.chat import encode_conversation
-from hymba_tune.data.encoding import TOKENS, encode_all, written_whole
+from hymba_tune.data.encoding import (
+    TOKENS,
+    Counts,
+    added_up,
+    content_fingerprint,
+    encode_parts,
+    load_parts,
+    resumable,
+)
 from hymba_tune.errors import UserError
 
 IGNORED = -100
@@ -92,24 +100,24 @@ def build_rows(
 ) -> tuple[datasets.Dataset, PackingCounts]:
     """Encode the `conversation` column and pack the documents; the rows are written to `folder`, whole or not at all.
 
+    Documents are packed among the encoding.PART that stand together in the mix, so memory does not grow with it, and
+    what is packed stays when the work is cut off (encoding.resumable).
+
     too_long: a document of more than `max_length` tokens is dropped, or cut at the end; one that has no token with loss
     left is dropped. All are counted. Raises UserError if nothing is left. workers: processes that encode (None: up to
     one a core, as far as there is work for them); the rows are the same with any number.
     """
     encode = partial(_encode, tokenizer=tokenizer, max_length=max_length, too_long=too_long)
-    with written_whole(folder) as (draft, scratch):
-        documents = encode_all(dataset, encode, _DOCUMENT, scratch / "documents.arrow", workers)
-        lengths = _list_lengths(documents)
-        kept = np.flatnonzero(lengths)
-        if not len(kept):
+    pack = partial(_pack, max_length=max_length, packing=packing, too_long=too_long)
+    settings = {"max_length": max_length, "packing": packing, "too_long": too_long}
+    with resumable(folder, content_fingerprint(dataset, tokenizer, **settings)) as draft:
+        counts = added_up(encode_parts(dataset, encode, _DOCUMENT, draft, pack, workers))
+        if not counts["rows"]:
             raise UserError(
-                f"data.max_length: {max_length}: none of {len(lengths)} conversations fits a row; raise it, or set "
+                f"data.max_length: {max_length}: none of {len(dataset)} conversations fits a row; raise it, or set "
                 "data.too_long: truncate"
             )
-        rows = best_fit_decreasing(lengths[kept], max_length) if packing == "bfd" else [[i] for i in range(len(kept))]
-        _write_rows(documents, [kept[row] for row in rows], draft / "rows.arrow")
-        counts = _count(documents, lengths, max_length, too_long, len(rows))
-        (draft / "counts.json").write_text(json.dumps(asdict(counts)))
+        (draft / "counts.json").write_text(json.dumps(counts))
     return load_rows(folder)
 
 
@@ -117,7 +125,17 @@ def load_rows(folder: Path) -> tuple[datasets.Dataset, PackingCounts]:
     """What build_rows wrote, memory-mapped."""
     counts = json.loads((folder / "counts.json").read_text())
     sources = {name: TokenCounts(**part) for name, part in counts.pop("sources").items()}
-    return datasets.Dataset.from_file(str(folder / "rows.arrow")), PackingCounts(**counts, sources=sources)
+    return load_parts(folder), PackingCounts(**counts, sources=sources)
+
+
+def _pack(documents: datasets.Dataset, path: Path, max_length: int, packing: str, too_long: str) -> Counts:
+    """Write the rows of encoded documents to a file, and count."""
+    lengths = _list_lengths(documents)
+    kept = np.flatnonzero(lengths)
+    rows = best_fit_decreasing(lengths[kept], max_length) if packing == "bfd" else [[i] for i in range(len(kept))]
+    if rows:
+        _write_rows(documents, [kept[row] for row in rows], path)
+    return asdict(_count(documents, lengths, max_length, too_long, len(rows)))
 
 
 def best_fit_decreasing(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:

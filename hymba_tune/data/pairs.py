@@ -22,7 +22,15 @@ from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerFast
 
 from hymba_tune.data.chat import encode_conversation, prompt_ids
-from hymba_tune.data.encoding import TOKENS, encode_all, written_whole
+from hymba_tune.data.encoding import (
+    TOKENS,
+    Counts,
+    added_up,
+    content_fingerprint,
+    encode_parts,
+    load_parts,
+    resumable,
+)
 from hymba_tune.errors import UserError
 
 ROWS_A_BATCH = 1000
@@ -80,19 +88,18 @@ def build_pairs(
 
     too_long: a pair of which a conversation has more than `max_length` tokens is dropped, or its replies are cut at the
     end; one whose prompt leaves no room for a reply, or whose replies are the same, is dropped. All are counted.
-    Raises UserError if nothing is left. workers: as in encoding.encode_all.
+    Raises UserError if nothing is left. workers, and what stays when the work is cut off: as in packing.build_rows.
     """
     encode = partial(_encode, tokenizer=tokenizer, max_length=max_length, too_long=too_long)
-    with written_whole(folder) as (draft, scratch):
-        encoded = encode_all(dataset, encode, _ENCODED, scratch / "pairs.arrow", workers)
-        counts = _count(encoded, max_length)
-        if not counts.rows:
+    write = partial(_write_pairs, max_length=max_length)
+    with resumable(folder, content_fingerprint(dataset, tokenizer, max_length=max_length, too_long=too_long)) as draft:
+        counts = added_up(encode_parts(dataset, encode, _ENCODED, draft, write, workers))
+        if not counts["rows"]:
             raise UserError(
-                f"data.max_length: {max_length}: none of {len(encoded)} pairs fits ({counts.dropped_same} have equal "
-                "replies); raise it, or set data.too_long: truncate"
+                f"data.max_length: {max_length}: none of {len(dataset)} pairs fits ({counts['dropped_same']} have "
+                "equal replies); raise it, or set data.too_long: truncate"
             )
-        _write_pairs(encoded, draft / "rows.arrow")
-        (draft / "counts.json").write_text(json.dumps(asdict(counts)))
+        (draft / "counts.json").write_text(json.dumps(counts))
     return load_pairs(folder)
 
 
@@ -100,7 +107,7 @@ def load_pairs(folder: Path) -> tuple[datasets.Dataset, PairCounts]:
     """What build_pairs wrote, memory-mapped."""
     counts = json.loads((folder / "counts.json").read_text())
     sources = {name: PairTokens(**part) for name, part in counts.pop("sources").items()}
-    return datasets.Dataset.from_file(str(folder / "rows.arrow")), PairCounts(**counts, sources=sources)
+    return load_parts(folder), PairCounts(**counts, sources=sources)
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerFast, pair: dict[str, Any]) -> tuple[list[int], list[int], list[int]]:
@@ -131,13 +138,16 @@ def _encode(
     return encoded
 
 
-def _write_pairs(encoded: datasets.Dataset, path: Path) -> None:
+def _write_pairs(encoded: datasets.Dataset, path: Path, max_length: int) -> Counts:
+    """Write the pairs that are left of encoded ones to a file, and count."""
     kept = np.flatnonzero(_lengths(encoded, "prompt_ids"))
-    pairs = encoded.select(kept).select_columns(list(_PAIR)).with_format("arrow")
-    with ArrowWriter(path=str(path), features=_PAIR) as writer:
-        for start in range(0, len(pairs), ROWS_A_BATCH):
-            writer.write_table(pairs[start : start + ROWS_A_BATCH])
-        writer.finalize()
+    if len(kept):
+        pairs = encoded.select(kept).select_columns(list(_PAIR)).with_format("arrow")
+        with ArrowWriter(path=str(path), features=_PAIR) as writer:
+            for start in range(0, len(pairs), ROWS_A_BATCH):
+                writer.write_table(pairs[start : start + ROWS_A_BATCH])
+            writer.finalize()
+    return asdict(_count(encoded, max_length))
 
 
 def _lengths(encoded: datasets.Dataset, column: str) -> np.ndarray:

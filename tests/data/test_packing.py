@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 
 import datasets
 import numpy as np
@@ -125,11 +127,68 @@ def test_rows_are_the_same_each_time_and_with_workers(small_tokenizer, tmp_path)
     again, counts_again = build_rows(dataset, small_tokenizer, 300, folder=tmp_path / "two", workers=2)
     assert first[:] == again[:]
     assert counts == counts_again
-    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["counts.json", "rows.arrow"]
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [
+        "counts.json",
+        "fingerprint",
+        "rows-00000.arrow",
+    ]
     build_rows(dataset.select(range(9)), small_tokenizer, 300, folder=tmp_path / "one")
     rows, counts = load_rows(tmp_path / "one")
     assert counts.documents == 9
     assert sum(map(len, rows["input_ids"])) == counts.tokens
+
+
+def test_a_large_mix_is_packed_part_by_part_and_goes_on_where_it_was_cut(small_tokenizer, tmp_path, monkeypatch):
+    """Parts of 100: the second attempt encodes what the first had not finished, and the rows are the uncut ones."""
+    from hymba_tune.data import encoding, packing
+
+    monkeypatch.setattr(encoding, "PART", 100)
+    dataset = random_conversations(250)
+    whole, counts = build_rows(dataset, small_tokenizer, 300, folder=tmp_path / "whole")
+    assert [file.name for file in sorted((tmp_path / "whole").glob("*.arrow"))] == [
+        f"rows-0000{part}.arrow" for part in range(3)
+    ]
+    assert counts.documents == 250
+    written, pack = [], packing._pack
+
+    def cut_at_the_third(documents, path, **settings):
+        if len(written) == 2:
+            written.append("cut")
+            raise KeyboardInterrupt
+        written.append(path.name)
+        return pack(documents, path, **settings)
+
+    monkeypatch.setattr(packing, "_pack", cut_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        build_rows(dataset, small_tokenizer, 300, folder=tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
+    rows, counts_again = build_rows(dataset, small_tokenizer, 300, folder=tmp_path / "cut")
+    assert written == ["rows-00000.arrow", "rows-00001.arrow", "cut", "rows-00002.arrow"]
+    assert rows[:] == whole[:]
+    assert counts_again == counts
+    assert not (tmp_path / "cut.unfinished").exists()
+
+
+def test_what_was_cut_under_other_settings_is_not_used(small_tokenizer, tmp_path):
+    draft = tmp_path / "rows.unfinished"
+    draft.mkdir()
+    (draft / "fingerprint").write_text("of other settings")
+    (draft / "part-00000.json").write_text('{"rows": 99}')
+    _, counts = build_rows(random_conversations(15), small_tokenizer, 300, folder=tmp_path / "rows")
+    assert counts.documents == 15
+
+
+def test_a_realised_mix_has_the_same_fingerprint_in_every_process(tmp_path):
+    """Or nothing that was cut off could ever go on."""
+    code = (
+        "import sys; from pathlib import Path; from hymba_tune.data.mix import load_mix, realise_mix\n"
+        "print(realise_mix(load_mix('sft1_tiny'), 0, limit=50, cache_dir=Path(sys.argv[1]))[0]._fingerprint)"
+    )
+    prints = [
+        subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    ]
+    assert prints[0] == prints[1] != ""
 
 
 def by_hand(lengths, capacity):
