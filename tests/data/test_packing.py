@@ -149,7 +149,8 @@ def test_a_large_mix_is_packed_part_by_part_and_goes_on_where_it_was_cut(small_t
         f"rows-0000{part}.arrow" for part in range(3)
     ]
     assert counts.documents == 250
-    written, pack = [], packing._pack
+    written: list[str] = []
+    pack = packing._pack
 
     def cut_at_the_third(documents, path, **settings):
         if len(written) == 2:
