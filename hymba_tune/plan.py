@@ -16,7 +16,7 @@ from rich.table import Table
 from hymba_tune.errors import UserError
 from hymba_tune.geometry import PUBLISHED, Geometry, activations, adapter_parameters, parameters
 from hymba_tune.provenance import gpus
-from hymba_tune.recipe import AdapterSection, Recipe
+from hymba_tune.recipe import DATA_KINDS, AdapterSection, Recipe
 
 GIB = 2**30
 # Conversations that are tokenised to count tokens; larger mixes are extrapolated from evenly spaced ones.
@@ -28,7 +28,7 @@ LOGITS_CHUNK, LOGITS_COPIES = 256, 3
 
 @dataclass(frozen=True)
 class DataCount:
-    """Conversations of the mix, their tokens and those the loss falls on, and how many rows they make."""
+    """Conversations or documents of the mix, their tokens and those the loss falls on, and how many rows they make."""
 
     conversations: int
     tokens: int
@@ -91,6 +91,12 @@ def _make_plan(recipe: Recipe, start: Start, adapter: AdapterSection | None) -> 
 
 
 def _start(recipe: Recipe, written: Mapping[str, Start]) -> Start:
+    """What `model.from` is, with the changes of `model.config`."""
+    start, changes = _found(recipe, written), recipe.model.config
+    return replace(start, config={**start.config, **changes}) if start.config and changes else start
+
+
+def _found(recipe: Recipe, written: Mapping[str, Start]) -> Start:
     """The configuration and tokenizer behind `model.from`; of a stage listed before it, that stage's."""
     source, tokenizer = recipe.model.source, recipe.model.tokenizer
     own_tokenizer = _folder(tokenizer) if tokenizer is not None else None
@@ -140,11 +146,11 @@ def count_data(recipe: Recipe, tokenizer: Path | None) -> tuple[DataCount | None
     """Tokens and rows of the mix as the run would make them, or why they are not counted."""
     from hymba_tune.data.mix import load_mix
 
-    mix = load_mix(recipe.data.mix)
+    mix = load_mix(recipe.data.mix, DATA_KINDS[recipe.method])
     hub = [name for name, source in mix.sources.items() if source.hub]
     if hub:
         return None, f"on the hub, not counted: {', '.join(hub)}"
-    if recipe.method != "sft":
+    if recipe.method == "dpo":
         return None, f"not counted for method {recipe.method}"
     if tokenizer is None:
         return None, "the tokenizer is on the hub, not counted"
@@ -152,10 +158,10 @@ def count_data(recipe: Recipe, tokenizer: Path | None) -> tuple[DataCount | None
 
 
 def _count_local(recipe: Recipe, mix: Any, tokenizer_folder: Path) -> DataCount:
-    """Tokenise and pack all conversations, or SAMPLE evenly spaced ones; documents too long are dropped or cut."""
-    from hymba_tune.data.chat import encode_conversation, load_tokenizer
+    """Tokenise and pack all examples, or SAMPLE evenly spaced ones, as the run does."""
+    from hymba_tune.data.chat import load_tokenizer
     from hymba_tune.data.mix import realise_mix
-    from hymba_tune.data.packing import best_fit_decreasing
+    from hymba_tune.data.packing import best_fit_decreasing, encode_example, fitted
 
     tokenizer = load_tokenizer(tokenizer_folder)
     dataset, _ = realise_mix(mix, recipe.data.seed, validation=recipe.data.validation, limit=recipe.data.limit)
@@ -165,12 +171,10 @@ def _count_local(recipe: Recipe, mix: Any, tokenizer_folder: Path) -> DataCount:
     lengths: list[int] = []
     supervised = 0
     for index in looked_at:
-        conversation = json.loads(dataset[index]["conversation"])
-        document = encode_conversation(tokenizer, conversation["messages"], conversation.get("tools"))
-        mask = document.loss_mask[: recipe.data.max_length]
-        if (recipe.data.too_long == "truncate" or len(mask) == len(document.loss_mask)) and any(mask):
-            lengths.append(len(mask))
-            supervised += sum(mask)
+        document = encode_example(tokenizer, json.loads(dataset[index]["conversation"]))
+        for part in fitted(document, recipe.data.max_length, recipe.data.too_long):
+            lengths.append(len(part.input_ids))
+            supervised += sum(part.loss_mask)
     packed = recipe.data.packing == "bfd"
     rows = len(best_fit_decreasing(lengths, recipe.data.max_length) if packed else lengths)
     scale = count / max(len(looked_at), 1)
@@ -272,11 +276,12 @@ def _model_rows(plan: Plan) -> list[tuple[str, str]]:
 def _data_rows(plan: Plan) -> list[tuple[str, str]]:
     recipe, data = plan.recipe, plan.data
     micro, processes = recipe.trainer.per_device_train_batch_size, recipe.launch.processes
-    rows = [("conversations", f"not known: {plan.data_note}")]
+    kind: str = DATA_KINDS[recipe.method]
+    rows = [(kind, f"not known: {plan.data_note}")]
     if data is not None:
         about = "" if data.exact else "about "
         rows = [
-            ("conversations", f"{data.conversations:,}{'' if data.exact else f' ({SAMPLE:,} looked at)'}"),
+            (kind, f"{data.conversations:,}{'' if data.exact else f' ({SAMPLE:,} looked at)'}"),
             ("tokens", f"{about}{data.tokens:,}, the loss falls on {about}{data.supervised:,}"),
             ("rows", f"{about}{data.rows:,} of at most {recipe.data.max_length:,} tokens ({recipe.data.packing})"),
         ]

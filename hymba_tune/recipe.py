@@ -27,6 +27,17 @@ DORA_TARGETS = ("in_proj", "out_proj", "x_proj.0", "dt_proj.0", "gate_proj", "up
 """Every projection of a Hymba layer: attention and SSM branch, dt, and the MLP."""
 
 
+CONTEXT_KEYS = ("max_position_embeddings", "orig_max_position_embeddings", "rope_theta", "rope_type", "seq_length")
+"""What of a configuration may change under trained weights: no shape depends on it, and training gets used to it."""
+
+DATA_KINDS: dict[str, Literal["conversations", "preferences", "documents"]] = {
+    "sft": "conversations",
+    "dpo": "preferences",
+    "pretrain": "documents",
+}
+"""method -> the kind of mix that it learns from."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
 
@@ -36,6 +47,7 @@ class ModelSection(_Section):
 
     `from`: a folder, a hub id, `tiny` (the embedded model), `scratch` (random weights, needs `config` and `tokenizer`)
     or `stage:NAME` (what that stage wrote). `config` holds HymbaConfig keys; a path to a config.json is read into it.
+    On weights that exist it may change CONTEXT_KEYS alone: so a context is extended.
     """
 
     source: str = Field(alias="from")
@@ -50,13 +62,13 @@ class DataSection(_Section):
     """What is learned from: a mix, made into rows of at most `max_length` tokens.
 
     `limit` keeps that many conversations of the mix, `validation` holds that many out; a document that does not fit a
-    row is dropped or truncated, and counted.
+    row is dropped, truncated or (plain text only) split into pieces, and counted.
     """
 
     mix: str
     max_length: PositiveInt = 8192
     packing: Literal["bfd", "none"] = "bfd"
-    too_long: Literal["drop", "truncate"] = "drop"
+    too_long: Literal["drop", "truncate", "split"] = "drop"
     seed: int = 0
     limit: PositiveInt | None = None
     validation: PositiveInt | None = None
@@ -110,7 +122,7 @@ class Recipe(_Section):
     """One stage, resolved and checked."""
 
     stage: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    method: Literal["sft", "dpo"]
+    method: Literal["sft", "dpo", "pretrain"]
     model: ModelSection
     data: DataSection
     adapter: AdapterSection | None = None
@@ -258,15 +270,28 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[Location, str]]:
         yield ("model", "from"), "scratch needs model.config: HymbaConfig keys, or the path of a config.json"
     if model.source == "scratch" and model.tokenizer is None:
         yield ("model", "from"), "scratch needs model.tokenizer: a folder, a hub id or tiny"
-    if model.source != "scratch" and model.config is not None:
-        yield ("model", "config"), f"only for `from: scratch`, but from is {model.source}; set it to null"
     for key in model.config or {}:
         if key not in CONFIG:
             yield ("model", "config", key), unknown_key(key, list(CONFIG), "a key of HymbaConfig")
+        elif model.source != "scratch" and key not in CONTEXT_KEYS:
+            yield (
+                ("model", "config", key),
+                f"{model.source} has weights for its own value; only {', '.join(CONTEXT_KEYS)} may change under them",
+            )
+    if model.config and model.source != "scratch" and (recipe.adapter or model.handoff == "continue"):
+        yield (
+            ("model", "config"),
+            "an adapter goes on its weights as they are; train all weights in the new context first, or set it to null",
+        )
     if model.handoff == "stack" and recipe.adapter is None:
         yield ("model", "handoff"), "stack needs an adapter section: what is stacked is an adapter"
     if model.handoff == "continue" and recipe.adapter is not None:
         yield ("model", "handoff"), "continue trains the adapter that is there; set adapter to null"
+    if recipe.data.too_long == "split" and recipe.method != "pretrain":
+        yield ("data", "too_long"), f"split: only plain text is; for method {recipe.method} use drop or truncate"
+    if recipe.data.too_long == "split" and recipe.data.max_length < 2:
+        yield ("data", "max_length"), f"{recipe.data.max_length}: pieces of a text need 2 tokens or more"
+    yield from _schedule_problems(trainer.model_extra or {})
     if recipe.method == "dpo" and recipe.data.packing != "none":
         yield ("data", "packing"), f"{recipe.data.packing}: preference pairs are not packed; set it to none"
     dropout = recipe.adapter.dropout if recipe.adapter else 0
@@ -287,6 +312,19 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[Location, str]]:
         wrong = problem(recipe.method, key, value)
         if wrong:
             yield ("trainer", key), wrong
+
+
+def _schedule_problems(options: dict[str, Any]) -> Iterator[tuple[Location, str]]:
+    """transformers' warmup_stable_decay has no default for the length of its decay."""
+    kwargs = options.get("lr_scheduler_kwargs") or {}
+    if options.get("lr_scheduler_type") != "warmup_stable_decay" or not isinstance(kwargs, dict):
+        return
+    decay = kwargs.get("num_decay_steps")
+    if isinstance(decay, bool) or not isinstance(decay, (int, float)) or decay <= 0:
+        yield (
+            ("trainer", "lr_scheduler_kwargs"),
+            f"num_decay_steps: {decay}: warmup_stable_decay needs it: a number of steps, or a share of all below 1",
+        )
 
 
 _SECTIONS: dict[Location, type[BaseModel]] = {

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from hymba_tune.errors import UserError
-from hymba_tune.recipe import Recipe
+from hymba_tune.recipe import DATA_KINDS, Recipe
 from hymba_tune.run_dir import Moment, RunDir
 from hymba_tune.weights import (
     Weights,
@@ -176,7 +176,7 @@ def _prepare_data(recipe: Recipe, run: RunDir) -> None:
 
     tokenizer = load_tokenizer(_tokenizer_name(recipe))
     pairs, data = recipe.method == "dpo", recipe.data
-    mix = load_mix(data.mix, "preferences" if pairs else "conversations")
+    mix = load_mix(data.mix, DATA_KINDS[recipe.method])
     splits: list[tuple[Literal["train", "validation"], Path, int | None]] = [("train", run.rows, data.limit)]
     if data.validation:
         splits.append(("validation", run.validation_rows, None))
@@ -185,6 +185,7 @@ def _prepare_data(recipe: Recipe, run: RunDir) -> None:
         rows, sources = realise_mix(mix, data.seed, split, validation=data.validation, limit=limit)
         counts: Any
         if pairs:
+            assert data.too_long != "split"  # the recipe is checked
             _, counts = build_pairs(rows, tokenizer, data.max_length, data.too_long, folder=folder)
         else:
             _, counts = build_rows(rows, tokenizer, data.max_length, data.packing, data.too_long, folder=folder)
@@ -213,6 +214,8 @@ def _start_weights(recipe: Recipe, run: RunDir) -> Weights:
 def _trainable(recipe: Recipe, run: RunDir, tokenizer: PreTrainedTokenizerFast) -> Any:
     """The model to train: float32 masters whatever the compute dtype; only the adapter learns where there is one.
 
+    Weights that exist take the changes of model.config (a longer context).
+
     An adapter of the stage before is folded in (merge; kept on disk where a new adapter will refer to it), trained on
     (continue), or folded in in memory under the new one, which names it as its base (stack).
     """
@@ -225,7 +228,7 @@ def _trainable(recipe: Recipe, run: RunDir, tokenizer: PreTrainedTokenizerFast) 
     if recipe.model.handoff == "continue":
         *below, last = weights.adapters
         return load_adapter(load_weights(Weights(weights.base, tuple(below))), last, trainable=True)
-    model = load_weights(weights)
+    model = load_weights(weights, changes=None if recipe.model.source == "scratch" else recipe.model.config)
     if settings is None:
         return model
     base = weights.source

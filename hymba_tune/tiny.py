@@ -1,6 +1,4 @@
-"""The embedded model: what `--tiny` runs on, shipped in embedded/, and the command that makes it again:
-
-    python -m hymba_tune.tiny            (about 20 minutes on one core)
+"""The embedded model: what `--tiny` runs on, shipped in embedded/. make_tiny.py makes it anew.
 
 A tokenizer trained on the embedded data, and a Hymba of about a million parameters with all the parts of the large one,
 pretrained on plain documents (data/synthetic/documents.py): it has met the words, the arithmetic and the shapes of code
@@ -9,10 +7,7 @@ and JSON, but no conversation, so that it answers nothing before fine-tuning.
 
 from __future__ import annotations
 
-import argparse
-import itertools
 import random
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,17 +15,11 @@ from typing import TYPE_CHECKING, Any
 from hymba_tune.data.synthetic import GENERATORS, raw_document
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerFast
 
-    from hymba_tune.model import HymbaConfig, HymbaForCausalLM
+    from hymba_tune.model import HymbaConfig
 
 VOCABULARY = 1792
-ROW_TOKENS = 2048
-STEPS = 2500
-PEAK_LEARNING_RATE, LAST_LEARNING_RATE = 4e-3, 1e-5
-WARM_UP, DECAY = 0.01, 0.2
-"""Shares of all steps (the paper's schedule: warm-up, stable, decay)."""
 
 # What counts as a word for the tokenizer. Chat markers, and the structure of JSON around keys, may become one token:
 # short sequences are cheap. Digits stay single, so that arithmetic sees them. A capitalised word never takes the space
@@ -125,100 +114,3 @@ def _tokenizer_text() -> Iterator[str]:
                 eos_token="</s>",
             )
             yield from rendered[0][0].split("</s>")
-
-
-def pretrain(model: HymbaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int = 0) -> None:
-    """Next-token training on plain documents, one row of about ROW_TOKENS tokens a step, AdamW, in place.
-
-    Prints the mean loss of every hundredth of the run.
-    """
-    import torch
-
-    optimizer = _optimizer(model)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate(step, steps))
-    rows = _rows(tokenizer, random.Random(f"pretraining/{seed}"))
-    began, losses, tokens = time.monotonic(), [], 0
-    model.train()
-    for step, (ids, labels, ends) in enumerate(itertools.islice(rows, steps), 1):
-        loss = model(input_ids=ids, labels=labels, cu_seq_lens_q=ends).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        losses.append(loss.item())
-        tokens += ids.numel()
-        if step % max(steps // 100, 1) == 0:
-            mean, seconds = sum(losses) / len(losses), time.monotonic() - began
-            print(f"step {step}/{steps}  loss {mean:.4f}  {tokens:,} tokens  {seconds:.0f} s", flush=True)
-            losses.clear()
-    model.eval()
-
-
-def _learning_rate(step: int, steps: int) -> float:
-    warm_up, decay = max(int(WARM_UP * steps), 1), max(int(DECAY * steps), 1)
-    rising, falling = (step + 1) / warm_up, (steps - step) / decay
-    return (
-        PEAK_LEARNING_RATE * min(rising, 1.0) if falling >= 1 else max(PEAK_LEARNING_RATE * falling, LAST_LEARNING_RATE)
-    )
-
-
-def _optimizer(model: HymbaForCausalLM) -> torch.optim.AdamW:
-    """Weight decay on matrices alone: not on norms, biases, A_log, D or meta tokens."""
-    import torch
-
-    decayed: list[torch.nn.Parameter] = []
-    others: list[torch.nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        is_matrix = parameter.dim() > 1 and not any(part in name for part in ("A_log", "memory_tokens", "conv1d"))
-        (decayed if is_matrix else others).append(parameter)
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.98))
-
-
-def _rows(
-    tokenizer: PreTrainedTokenizerFast, rng: random.Random
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Endless rows of whole documents: ids (1, L); labels (1, L), `<s>` left out; boundaries (documents + 1,)."""
-    import torch
-
-    assert tokenizer.eos_token_id is not None
-    while True:
-        ids: list[int] = []
-        ends = [0]
-        while len(ids) < ROW_TOKENS:
-            ids += [*tokenizer.encode(raw_document(rng)), tokenizer.eos_token_id]
-            ends.append(len(ids))
-        labels = torch.tensor([ids])
-        labels[0, ends[:-1]] = -100
-        yield torch.tensor([ids]), labels, torch.tensor(ends, dtype=torch.int32)
-
-
-def make_base(out: Path, steps: int = STEPS, seed: int = 0) -> None:
-    """Make tokenizer and base anew and write them to a folder; the same seed gives the same files."""
-    import torch
-
-    from hymba_tune.model import HymbaForCausalLM
-    from hymba_tune.model.precision import choose_matmul_precision
-
-    choose_matmul_precision()
-    tokenizer = make_tokenizer()
-    torch.manual_seed(seed)
-    model = HymbaForCausalLM(tiny_config(len(tokenizer)))
-    print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters", flush=True)
-    pretrain(model, tokenizer, steps, seed)
-    model.bfloat16().save_pretrained(out)
-    tokenizer.save_pretrained(out)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m hymba_tune.tiny", description="Make the embedded model again.")
-    parser.add_argument("--out", type=Path, default=tiny_path(), help="folder to write to (the shipped one)")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    make_base(arguments.out, arguments.steps, arguments.seed)
-
-
-if __name__ == "__main__":
-    main()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,18 +85,22 @@ def stage_weights(recipe: Recipe) -> Weights | None:
 
 
 def parent_run(recipe: Recipe) -> RunDir | None:
-    """The run that a recipe starts from (`stage:NAME`): the folder of that name beside its own."""
-    source = recipe.model.source
+    """The run that a recipe starts from (`stage:NAME`): the folder of that name beside its own.
+
+    Beside `runs/sft2-tiny` that is `runs/sft1-tiny`: whatever follows a dash after the stage's own name stays.
+    """
+    source, own = recipe.model.source, Path(recipe.output.dir)
     if not source.startswith(STAGE_PREFIX):
         return None
-    return RunDir(Path(recipe.output.dir).parent / source.removeprefix(STAGE_PREFIX))
+    dash, after = f"{recipe.stage}-", own.name.partition(f"{recipe.stage}-")[2]
+    return RunDir(own.with_name(source.removeprefix(STAGE_PREFIX) + (f"-{after}" if own.name.startswith(dash) else "")))
 
 
-def load_weights(weights: Weights, device: Any = "cpu") -> HymbaForCausalLM:
-    """The model in float32, every adapter folded in."""
+def load_weights(weights: Weights, device: Any = "cpu", changes: Mapping[str, Any] | None = None) -> HymbaForCausalLM:
+    """The model in float32, every adapter folded in; `changes`: keys of its configuration that are to differ."""
     from hymba_tune.model import load_model
 
-    model = load_model(weights.base, device=device)
+    model = load_model(weights.base, device=device, changes=changes)
     for adapter in weights.adapters:
         from hymba_tune.model.adapter import load_adapter, merge_adapter
 

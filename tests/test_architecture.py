@@ -36,7 +36,7 @@ ARROWS: dict[str, set[str]] = {
     "weights": {"recipe", "run_dir", "model", "tiny"},
     "evaluate": {"data", "model", "weights", "evaluation"},
 }
-SEES_ALL = {"cli", "pipeline", "stage"}
+SEES_ALL = {"cli", "make_tiny", "pipeline", "stage"}
 
 # Libraries that only one part may import.
 ONLY_IN = {"trl": {"training"}, "lm_eval": {"evaluation"}, "peft": {"model"}, "typer": {"cli"}}

@@ -120,6 +120,26 @@ def test_tokens_rows_and_steps_are_those_of_the_run(folder, data_dir):
     assert plan.steps == -(-len(rows) // 4) * 2
 
 
+def test_documents_are_counted_in_the_pieces_of_the_run(folder, data_dir):
+    from hymba_tune.data.chat import load_tokenizer
+    from hymba_tune.data.mix import load_mix, realise_mix
+    from hymba_tune.data.packing import build_rows
+
+    Path("mix.yaml").write_text("kind: documents\nsources:\n  mine:\n    path: texts.jsonl\n")
+    Path("texts.jsonl").write_text("".join(json.dumps({"text": "one two " * n}) + "\n" for n in range(1, 40)))
+    tokenizer = data_dir / "hymba-1.5b"
+    model = f"model={{from: scratch, config: {CONFIG}, tokenizer: {tokenizer}}}"
+    recipe = load_recipe("one.yaml", [model, "method=pretrain", "data.max_length=20", "data.too_long=split"])
+    plan = make_plan(recipe)
+    documents, _ = realise_mix(load_mix(recipe.data.mix), 0)
+    _, counts = build_rows(documents, load_tokenizer(tokenizer), 20, too_long="split", folder=folder / "rows")
+    assert counts.split > 0
+    assert plan.data is not None
+    assert (plan.data.conversations, plan.data.rows) == (39, counts.rows)
+    assert (plan.data.tokens, plan.data.supervised) == (counts.tokens, counts.supervised_tokens)
+    assert "documents" in printed(plan)
+
+
 def test_max_steps_decides_the_steps(folder):
     assert make_plan(load_recipe("one.yaml", ["trainer.max_steps=7"])).steps == 7
 

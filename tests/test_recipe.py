@@ -9,6 +9,7 @@ import yaml
 
 from hymba_tune import trainer_keys
 from hymba_tune.errors import UserError
+from hymba_tune.geometry import CONFIG, PUBLISHED
 from hymba_tune.paths import REPOSITORY
 from hymba_tune.pipeline import load_pipeline
 from hymba_tune.recipe import DORA_TARGETS, Recipe, load_recipe
@@ -179,7 +180,32 @@ def test_scratch_needs_a_config_and_a_tokenizer_and_nothing_else_takes_a_config(
     message = refusal(path, "model.from=scratch")
     assert "scratch needs model.config" in message
     assert "scratch needs model.tokenizer" in message
-    assert "model.config: only for `from: scratch`" in refusal(path, "model.config={hidden_size: 64}")
+    assert "model.config.hidden_size: tiny has weights for its own value; only max_position_embeddings, " in refusal(
+        path, "model.config={hidden_size: 64}"
+    )
+
+
+def test_the_context_of_weights_may_be_extended_but_not_under_an_adapter(recipe_file):
+    path = recipe_file(MINIMAL)
+    longer = "model.config={max_position_embeddings: 4096}"
+    assert load_recipe(path, [longer]).model.config == {"max_position_embeddings": 4096}
+    message = "model.config: an adapter goes on its weights as they are"
+    assert message in refusal(path, longer, "adapter={type: dora}")
+    assert message in refusal(path, longer, "model.handoff=continue")
+
+
+def test_only_plain_text_is_split(recipe_file):
+    path = recipe_file(MINIMAL)
+    assert "data.too_long: split: only plain text is; for method sft use drop" in refusal(path, "data.too_long=split")
+    assert load_recipe(path, ["data.too_long=split", "method=pretrain"]).data.too_long == "split"
+    message = refusal(path, "data.too_long=split", "method=pretrain", "data.max_length=1")
+    assert "data.max_length: 1: pieces of a text need 2 tokens" in message
+
+
+@pytest.mark.parametrize("kwargs", ["null", "{min_lr_ratio: 0.1}", "{num_decay_steps: -1}", "{num_decay_steps: soon}"])
+def test_a_decay_needs_its_length(recipe_file, kwargs):
+    settings = ["trainer.lr_scheduler_type=warmup_stable_decay", f"trainer.lr_scheduler_kwargs={kwargs}"]
+    assert "warmup_stable_decay needs it: a number of steps, or a share" in refusal(recipe_file(MINIMAL), *settings)
 
 
 def test_a_config_file_is_read_and_single_keys_lie_over_it(recipe_file):
@@ -277,6 +303,20 @@ def test_stages_state_the_papers_settings(name, learning_rate):
     assert trainer["lr_scheduler_type"] == "cosine"
     assert trainer["num_train_epochs"] == 1
     assert trainer["gradient_accumulation_steps"] * trainer["per_device_train_batch_size"] == 1024
+
+
+def test_pretraining_states_the_papers_settings():
+    recipe = load_recipe(REPOSITORY / "recipes" / "pretrain.yaml")
+    trainer = recipe.trainer_arguments
+    assert (trainer["learning_rate"], trainer["warmup_steps"]) == (3e-3, 0.01)
+    assert trainer["lr_scheduler_kwargs"]["num_decay_steps"] == 0.2
+    assert trainer["learning_rate"] * trainer["lr_scheduler_kwargs"]["min_lr_ratio"] == pytest.approx(1e-5)
+    assert recipe.data.max_length * (recipe.trainer.global_batch or 0) == 2**21
+    model = {**CONFIG, **(recipe.model.config or {})}
+    longer = load_recipe(REPOSITORY / "recipes" / "pretrain_8k.yaml")
+    assert longer.data.max_length * (longer.trainer.global_batch or 0) == 2**21
+    published = PUBLISHED["nvidia/Hymba-1.5B-Base"]
+    assert {**model, **(longer.model.config or {})} == {**published, "global_attn_idx": [0, 15, 31]}
 
 
 DPO = MINIMAL.replace("method: sft", "method: dpo").replace("data:\n", "data:\n  packing: none\n")

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
 from hymba_tune.errors import UserError
+from hymba_tune.model import load_model
 from hymba_tune.recipe import load_recipe
 from hymba_tune.run_dir import RunDir
 from hymba_tune.stage import run_stage
@@ -153,3 +155,28 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(recipe_file: Path) 
         assert value.equal(load_file(killed.model / "model.safetensors")[name]), name
     steps = [json.loads(line)["step"] for line in killed.metrics.read_text().splitlines()]
     assert steps == list(range(1, STEPS + 1))
+
+
+def test_a_context_is_extended_on_the_weights_of_pretraining(recipe_file: Path) -> None:
+    folder = recipe_file.parent
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": f"There are {i}. " * 9}) + "\n" for i in range(24)))
+    (folder / "texts.yaml").write_text("kind: documents\nsources: {texts: {path: text.jsonl, licence: MIT}}\n")
+    plain = ["method=pretrain", "eval.suites=[]", "data.mix=texts.yaml", "data.packing=bfd", "data.too_long=split"]
+    first = [*plain, "stage=short", "data.max_length=64", f"output.dir={folder / 'short-x'}", "trainer.max_steps=6"]
+    rope = ("rope_type=ntk", "max_position_embeddings=64", "orig_max_position_embeddings=64")
+    first += [f"model.config.{part}" for part in rope]
+    short = run_stage(load_recipe(recipe_file, first))
+    assert short.read_json(short.data)["split"] == 24
+    longer = ["stage=long", "data.max_length=256", f"output.dir={folder / 'long-x'}", "trainer.max_steps=2"]
+    start = ["model={from: stage:short, config: {max_position_embeddings: 256}}", "trainer.learning_rate=0.0"]
+    text = yaml.safe_load(recipe_file.read_text())
+    del text["model"]
+    recipe_file.write_text(yaml.safe_dump(text))
+    long = run_stage(load_recipe(recipe_file, [*plain, *longer, *start]))
+    before, after = load_model(short.model), load_model(long.model)
+    assert before.config.rope_base() == 10000
+    assert after.config.rope_base() == pytest.approx(10000 * 7 ** (8 / 6))
+    assert after.config.max_position_embeddings == 256
+    assert all(torch.equal(*pair) for pair in zip(before.parameters(), after.parameters(), strict=True))
+    ids = torch.arange(4, 24)[None]
+    assert not torch.allclose(before(ids).logits, after(ids).logits, atol=1e-4)

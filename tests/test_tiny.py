@@ -1,14 +1,18 @@
 """The embedded model: what ships is what the command makes, fits its bounds, and has not been taught the tasks."""
 
+import json
 import random
 
 import pytest
 import torch
 
-from hymba_tune import tiny
+from hymba_tune import make_tiny, tiny
 from hymba_tune.data.chat import encode_conversation, load_tokenizer, prompt_ids
 from hymba_tune.data.synthetic import GENERATORS, held_out, raw_document
-from hymba_tune.model import HymbaForCausalLM, load_model
+from hymba_tune.geometry import CONFIG
+from hymba_tune.model import load_model
+from hymba_tune.paths import REPOSITORY
+from hymba_tune.recipe import load_recipe
 
 SHIPPED_BYTES = 4_000_000
 PARAMETERS = 2_000_000
@@ -88,19 +92,29 @@ def test_sequences_are_short(tokenizer):
     assert max(lengths) < 512
 
 
-def test_pretraining_is_repeatable_and_learns(tokenizer, monkeypatch, capsys):
-    monkeypatch.setattr(tiny, "ROW_TOKENS", 200)
-    trained = [_pretrained(tokenizer, steps=8) for _ in range(2)]
-    assert all(torch.equal(first, second) for first, second in zip(*trained, strict=True))
-    losses = [float(line.split()[3]) for line in capsys.readouterr().out.splitlines()]
-    assert losses[7] < losses[0] - 0.5
+def test_the_base_is_made_by_the_pretraining_stage_and_is_repeatable(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(make_tiny, "make_tokenizer", lambda: tokenizer)
+    mix = "kind: documents\nsources: {world: {generator: {name: tiny_documents, n: 400}}}\n"
+    (tmp_path / "mix.yaml").write_text(mix)
+    settings = [f"data.mix={tmp_path / 'mix.yaml'}", "data.max_length=256", "trainer.max_steps=10"]
+    settings += ["trainer.logging_steps=1", "trainer.save_steps=10"]
+    for name in ("one", "two"):
+        make_tiny.make_base(tmp_path / name, settings, tmp_path / f"{name}_work")
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
+    assert files[0] == files[1]
+    made = load_model(tmp_path / "one")
+    assert made.config.to_diff_dict() == load_model(tiny.tiny_path()).config.to_diff_dict()
+    lines = (tmp_path / "one_work" / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["loss"] < json.loads(lines[0])["loss"] - 0.5
 
 
-def _pretrained(tokenizer, steps):
-    torch.manual_seed(0)
-    model = HymbaForCausalLM(tiny.tiny_config())
-    tiny.pretrain(model, tokenizer, steps)
-    return list(model.parameters())
+def test_pretraining_with_tiny_trains_a_model_of_the_same_shape():
+    recipe = load_recipe(REPOSITORY / "recipes" / "pretrain.yaml", tiny=True)
+    shape = {**CONFIG, **(recipe.model.config or {})}
+    config = tiny.tiny_config()
+    different = {key for key in CONFIG if shape[key] != getattr(config, key)}
+    assert different == {"max_position_embeddings", "seq_length", "layer_type"}
+    assert shape["layer_type"] is None
 
 
 def test_the_base_knows_the_documents_world(base, tokenizer):

@@ -10,8 +10,9 @@
         weight: 2                         # each conversation twice
     on_bad_row: error
 
-With `kind: preferences` it holds preference pairs (preferences.py) instead, for DPO: what is said of conversations
-below holds for pairs. The same mix, seed and files give the same conversations in the same order, on every machine.
+With `kind: preferences` it holds preference pairs (preferences.py) instead, for DPO, with `kind: documents` plain text
+(plain_text.py), for pretraining: what is said of conversations below holds for them. The same mix, seed and files give
+the same conversations in the same order, on every machine.
 """
 
 import difflib
@@ -27,8 +28,17 @@ import datasets
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-from hymba_tune.data.sources import COLUMNS, READERS, SUFFIXES, Conversion, Kind, Source, convert, fingerprint
-from hymba_tune.data.synthetic import GENERATORS
+from hymba_tune.data.sources import (
+    COLUMNS,
+    GENERATORS,
+    READERS,
+    SUFFIXES,
+    Conversion,
+    Kind,
+    Source,
+    convert,
+    fingerprint,
+)
 from hymba_tune.errors import UserError
 from hymba_tune.layers import Origin
 from hymba_tune.paths import expand, find
@@ -263,12 +273,13 @@ def _contradictions(mix: Mix) -> Iterator[tuple[Location, str]]:
         if source.format_name(mix.kind) not in READERS[mix.kind]:
             known = ", ".join(READERS[mix.kind])
             yield (*at, "format"), f"{source.format!r} is unknown for {mix.kind}; known are {known}"
-        columns = (*COLUMNS[mix.kind], "system", "tools")
+        columns, generators = COLUMNS[mix.kind], GENERATORS[mix.kind]
         for column in source.map or {}:
             if column not in columns:
                 yield (*at, "map", column), f"no format for {mix.kind} reads it; use {', '.join(columns)}"
-        if source.generator and source.generator.name not in GENERATORS:
-            yield (*at, "generator", "name"), f"{source.generator.name!r} is unknown; known are {', '.join(GENERATORS)}"
+        if source.generator and source.generator.name not in generators:
+            known = ", ".join(generators) or "none"
+            yield (*at, "generator", "name"), f"{source.generator.name!r} is unknown for {mix.kind}; known are {known}"
     shares = [source.share for source in mix.sources.values() if source.share]
     if shares and len(shares) == len(mix.sources) and abs(sum(shares) - 1) > 1e-6:
         yield ("sources",), f"all sources have a share, but these sum to {sum(shares):g}; make it 1"

@@ -1,4 +1,4 @@
-"""Conversations -> rows of at most `max_length` tokens, whole documents side by side, with exact labels.
+"""Conversations or plain text -> rows of at most `max_length` tokens, whole documents side by side, with exact labels.
 
     documents in mix order   AAAAA  BBB  CCCCCCCCC  DD  EEEE  F          max_length 8, too_long: drop (C)
     packing: bfd             AAAAABBB   DDEEEEF                          best fit, longest first
@@ -9,7 +9,8 @@
                     seq_lengths   [5, 3]                                 where documents end
 
 These are the columns that TRL's SFTTrainer takes with `skip_prepare_dataset`; with `padding_free` its collator makes
-position_ids, seq_idx and cu_seq_lens from seq_lengths. A document is never split over rows.
+position_ids, seq_idx and cu_seq_lens from seq_lengths. A document is never split over rows; `too_long: split` makes
+several documents of a text that fits no row (plain_text.py).
 
 Best fit decreasing: the longest document first, each into the fullest row that still has room for it (Ding et al. 2024,
 arXiv 2404.10830). Documents stand in mix order within a row, rows in the order of their first document.
@@ -29,7 +30,7 @@ import pyarrow.compute as pc
 from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerFast
 
-from hymba_tune.data.chat import encode_conversation
+from hymba_tune.data.chat import Document, encode_conversation
 from hymba_tune.data.encoding import (
     TOKENS,
     Counts,
@@ -39,7 +40,10 @@ from hymba_tune.data.encoding import (
     load_parts,
     resumable,
 )
+from hymba_tune.data.plain_text import encode_text, pieces
 from hymba_tune.errors import UserError
+
+TooLong = Literal["drop", "truncate", "split"]
 
 IGNORED = -100
 """The label of a token without loss, as torch's cross-entropy and TRL have it."""
@@ -69,7 +73,10 @@ class TokenCounts:
 
 @dataclass(frozen=True)
 class PackingCounts:
-    """What became of the documents, and how full the rows are. `longest` is the longest document before any cut."""
+    """What became of the documents, and how full the rows are. `longest` is the longest document before any cut.
+
+    documents: those in the rows; each piece of one that was split counts.
+    """
 
     max_length: int
     rows: int
@@ -79,6 +86,7 @@ class PackingCounts:
     dropped_too_long: int
     dropped_unsupervised: int
     truncated: int
+    split: int
     longest: int
     sources: dict[str, TokenCounts]
 
@@ -93,7 +101,7 @@ def build_rows(
     tokenizer: PreTrainedTokenizerFast,
     max_length: int,
     packing: Literal["bfd", "none"] = "bfd",
-    too_long: Literal["drop", "truncate"] = "drop",
+    too_long: TooLong = "drop",
     *,
     folder: Path,
     workers: int | None = None,
@@ -103,9 +111,9 @@ def build_rows(
     Documents are packed among the encoding.PART that stand together in the mix, so memory does not grow with it, and
     what is packed stays when the work is cut off (encoding.resumable).
 
-    too_long: a document of more than `max_length` tokens is dropped, or cut at the end; one that has no token with loss
-    left is dropped. All are counted. Raises UserError if nothing is left. workers: processes that encode (None: up to
-    one a core, as far as there is work for them); the rows are the same with any number.
+    too_long: a document of more than `max_length` tokens is dropped, cut at the end, or split into pieces; one that has
+    no token with loss left is dropped. All are counted. Raises UserError if nothing is left. workers: processes that
+    encode (None: up to one a core, as far as there is work for them); the rows are the same with any number.
     """
     encode = partial(_encode, tokenizer=tokenizer, max_length=max_length, too_long=too_long)
     pack = partial(_pack, max_length=max_length, packing=packing, too_long=too_long)
@@ -114,7 +122,7 @@ def build_rows(
         counts = added_up(encode_parts(dataset, encode, _DOCUMENT, draft, pack, workers))
         if not counts["rows"]:
             raise UserError(
-                f"data.max_length: {max_length}: none of {len(dataset)} conversations fits a row; raise it, or set "
+                f"data.max_length: {max_length}: none of {len(dataset)} documents fits a row; raise it, or set "
                 "data.too_long: truncate"
             )
         (draft / "counts.json").write_text(json.dumps(counts))
@@ -128,7 +136,7 @@ def load_rows(folder: Path) -> tuple[datasets.Dataset, PackingCounts]:
     return load_parts(folder), PackingCounts(**counts, sources=sources)
 
 
-def _pack(documents: datasets.Dataset, path: Path, max_length: int, packing: str, too_long: str) -> Counts:
+def _pack(documents: datasets.Dataset, path: Path, max_length: int, packing: str, too_long: TooLong) -> Counts:
     """Write the rows of encoded documents to a file, and count."""
     lengths = _list_lengths(documents)
     kept = np.flatnonzero(lengths)
@@ -161,22 +169,43 @@ def best_fit_decreasing(lengths: Sequence[int] | np.ndarray, capacity: int) -> l
     return sorted(sorted(row) for row in rows)
 
 
+def encode_example(tokenizer: PreTrainedTokenizerFast, example: dict[str, Any]) -> Document:
+    """What a mix holds, a conversation (`messages`, `tools`) or plain text (`text`), uncut."""
+    if "text" in example:
+        return encode_text(tokenizer, example["text"])
+    return encode_conversation(tokenizer, example["messages"], example.get("tools"))
+
+
+def fitted(document: Document, max_length: int, too_long: TooLong) -> list[Document]:
+    """What of a document goes into rows of `max_length` tokens; nothing where no token with loss is left."""
+    fits = len(document.input_ids) <= max_length
+    if too_long == "split":
+        parts = list(pieces(document, max_length))
+    elif fits or too_long == "truncate":
+        parts = [Document(document.input_ids[:max_length], document.loss_mask[:max_length])]
+    else:
+        parts = []
+    return [part for part in parts if any(part.loss_mask)]
+
+
 def _encode(
-    batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerFast, max_length: int, too_long: str
+    batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerFast, max_length: int, too_long: TooLong
 ) -> dict[str, list[Any]]:
-    """Documents of one batch; a dropped one is empty, and `length` still says how long it was."""
+    """Documents of one batch; a dropped one is empty, and `length` still says how long it was.
+
+    Of a document that was split, the first piece has the length of the whole.
+    """
     documents: dict[str, list[Any]] = {name: [] for name in _DOCUMENT}
     for text, source in zip(batch["conversation"], batch["source"], strict=True):
-        conversation = json.loads(text)
-        document = encode_conversation(tokenizer, conversation["messages"], conversation.get("tools"))
-        ids = np.asarray(document.input_ids, dtype=np.int32)
-        labels = np.where(np.asarray(document.loss_mask, dtype=bool), ids, IGNORED)[:max_length]
-        keep = len(ids) <= max_length or too_long == "truncate"
-        supervised = int((labels != IGNORED).sum()) if keep else 0
-        room = max_length if supervised else 0
-        values = (ids[:room], labels[:room].astype(np.int32), len(ids), supervised, source)
-        for column, value in zip(documents.values(), values, strict=True):
-            column.append(value)
+        document = encode_example(tokenizer, json.loads(text))
+        whole = len(document.input_ids)
+        for number, part in enumerate(fitted(document, max_length, too_long) or [Document([], [])]):
+            ids = np.asarray(part.input_ids, dtype=np.int32)
+            labels = np.where(np.asarray(part.loss_mask, dtype=bool), ids, np.int32(IGNORED))
+            length = len(ids) if number else whole
+            values = (ids, labels, length, sum(part.loss_mask), source)
+            for column, value in zip(documents.values(), values, strict=True):
+                column.append(value)
     return documents
 
 
@@ -207,7 +236,7 @@ def _joined(documents: datasets.Dataset, rows: list[np.ndarray]) -> pa.Table:
 
 
 def _count(
-    documents: datasets.Dataset, lengths: np.ndarray, max_length: int, too_long: str, rows: int
+    documents: datasets.Dataset, lengths: np.ndarray, max_length: int, too_long: TooLong, rows: int
 ) -> PackingCounts:
     full = documents.data.column("length").to_numpy()
     supervised = documents.data.column("supervised").to_numpy()
@@ -221,7 +250,8 @@ def _count(
         supervised_tokens=int(supervised.sum()),
         dropped_too_long=int(dropped_too_long.sum()),
         dropped_unsupervised=int((~kept & ~dropped_too_long).sum()),
-        truncated=int((over & kept).sum()),
+        truncated=int((over & kept).sum()) if too_long == "truncate" else 0,
+        split=int((over & kept).sum()) if too_long == "split" else 0,
         longest=int(full.max()),
         sources=dict(_count_sources(documents.data.column("source"), lengths, supervised)),
     )

@@ -20,8 +20,9 @@ import pyarrow.parquet
 from datasets.arrow_writer import ArrowWriter
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
-from hymba_tune.data import formats, preferences, synthetic
+from hymba_tune.data import formats, plain_text, preferences, synthetic
 from hymba_tune.data.formats import FORMATS, BadRow, Row, mapped
+from hymba_tune.data.plain_text import TEXTS
 from hymba_tune.data.preferences import PREFERENCES, ROWS_TOGETHER, NoPreference
 from hymba_tune.errors import UserError
 
@@ -30,17 +31,29 @@ FEATURES = datasets.Features(
     {"conversation": datasets.Value("string"), "source": datasets.Value("string"), "key": datasets.Value("int64")}
 )
 
-Kind = Literal["conversations", "preferences"]
-"""What a mix holds: conversations to learn from, or pairs of a preferred and a rejected reply."""
+Kind = Literal["conversations", "preferences", "documents"]
+"""What a mix holds: conversations to learn from, pairs of a preferred and a rejected reply, or plain text."""
 
-READERS: dict[Kind, dict[str, Callable[[Row], Row]]] = {"conversations": FORMATS, "preferences": PREFERENCES}
+READERS: dict[Kind, dict[str, Callable[[Row], Row]]] = {
+    "conversations": FORMATS,
+    "preferences": PREFERENCES,
+    "documents": TEXTS,
+}
 """The formats of each kind, by name."""
 
 COLUMNS: dict[Kind, tuple[str, ...]] = {
-    "conversations": ("user", "assistant", "messages", "conversations"),
-    "preferences": ("prompt", "chosen", "rejected", "conversations"),
+    "conversations": ("user", "assistant", "messages", "conversations", "system", "tools"),
+    "preferences": ("prompt", "chosen", "rejected", "conversations", "system", "tools"),
+    "documents": ("text",),
 }
-"""What `map` may make for the formats of each kind, besides `system` and `tools`."""
+"""What `map` may make for the formats of each kind."""
+
+GENERATORS: dict[Kind, tuple[str, ...]] = {
+    "conversations": tuple(synthetic.GENERATORS),
+    "preferences": (),
+    "documents": tuple(synthetic.DOCUMENT_GENERATORS),
+}
+"""The names of the embedded generators of each kind."""
 
 Scalar = str | int | float | bool
 Placed = tuple[str, Row | BadRow]
@@ -61,7 +74,7 @@ class HubDataset(_Settings):
 
 
 class Generated(_Settings):
-    """`n` conversations of an embedded generator."""
+    """`n` rows of an embedded generator."""
 
     name: str
     n: PositiveInt
@@ -81,7 +94,7 @@ class Source(_Settings):
     path:      a file, a pattern (`chat-*.jsonl`) or a list of them; `${NAME}` is filled in from the environment
     map:       new column: old column, or a text with {columns} in it; done before `format`
     format:    a function of formats.py (`single_turn` where `user` is mapped, else `messages`) or, for a mix of
-               preferences, of preferences.py (`preference`)
+               preferences, of preferences.py (`preference`); documents have one, `text`
     filter:    column: value, list of values, or {min, max}; rows that don't match are left out and counted
     take:      at most so many conversations (a random choice); `weight`: so many times all of them, 0.5 or 3;
                `share`: this share of the mix. Only one of the three; none means all, once
@@ -102,8 +115,8 @@ class Source(_Settings):
 
     def format_name(self, kind: Kind) -> str:
         """The format in use, given or by default."""
-        if kind == "preferences":
-            return self.format or "preference"
+        if kind != "conversations":
+            return self.format or {"preferences": "preference", "documents": "text"}[kind]
         return self.format or ("single_turn" if self.map and "user" in self.map else "messages")
 
 
@@ -123,7 +136,7 @@ def fingerprint(source: Source, kind: Kind, skip: bool, seed: int) -> str:
     """Changes with whatever changes the source's conversations: settings, files' bytes, the code that reads them."""
     how_many = set() if source.hub else {"take"}
     settings = source.model_dump(exclude={"licence", "weight", "share", "on_bad_row", "path", *how_many})
-    code = [_file_hash(file) for file in (formats.__file__, preferences.__file__, __file__)]
+    code = [_file_hash(file) for file in (formats.__file__, preferences.__file__, plain_text.__file__, __file__)]
     parts: list[Any] = [settings, kind, skip, [_file_hash(path) for path in source.path or []], code]
     if source.hub and source.take:
         parts.append(seed)

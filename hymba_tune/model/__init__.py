@@ -1,11 +1,12 @@
 """Native Hymba. Importing this registers `hymba` with transformers' Auto classes, so no remote code is ever needed."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from hymba_tune.errors import UserError
 from hymba_tune.model.cache import HymbaCache
@@ -19,17 +20,29 @@ AutoModelForCausalLM.register(HymbaConfig, HymbaForCausalLM)
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    changes: Mapping[str, Any] | None = None,
 ) -> HymbaForCausalLM:
     """A Hymba checkpoint from a folder or a hub id: safetensors only, no remote code.
+
+    Args:
+        changes: keys of the configuration that are to differ from the checkpoint's (another RoPE, a longer context).
 
     Raises:
         UserError: nothing usable there, another model, or weights that do not fit the configuration.
     """
     from_pretrained: Any = AutoModelForCausalLM.from_pretrained
     try:
+        config = _changed(AutoConfig.from_pretrained(str(path)), changes) if changes else None
         model, loaded = from_pretrained(
-            str(path), dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
+            str(path),
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, StrictDataclassError) as error:
         raise UserError(f"model {path}: {' '.join(str(error).split())}; give a Hymba folder or hub id") from error
@@ -44,3 +57,8 @@ def load_model(
     # The published generation_config switches the cache off, because it was wrong there.
     model.generation_config.use_cache = True
     return model.to(device)  # type: ignore[arg-type]
+
+
+def _changed(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
+    """A configuration made anew, and so checked anew, with some keys changed."""
+    return type(config)(**{**config.to_dict(), **changes})

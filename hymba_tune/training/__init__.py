@@ -1,1 +1,1 @@
-"""One linear file a training method; what the methods share stands in trainer.py and callbacks.py."""
+"""One linear file a way of training; what the methods share stands in trainer.py and callbacks.py."""

@@ -1,4 +1,8 @@
-"""Supervised fine-tuning with TRL's SFTTrainer, on rows that are packed and masked already."""
+"""Supervised fine-tuning and pretraining with TRL's SFTTrainer, on rows that are packed and masked already.
+
+The two differ in their data alone: what a document is and where its labels are (data/packing.py), and how long the
+decay of the learning rate is, which is the recipe's.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 import trl.trainer.utils
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, get_scheduler
 from transformers.trainer_callback import PrinterCallback
 
 from hymba_tune.errors import UserError
@@ -49,6 +50,25 @@ class MeteredTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return [name for name, _ in model.named_parameters() if not _NOT_DECAYED.search(name)]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """transformers' own schedules; as its warmup_steps, num_decay_steps below 1 is a share of all steps."""
+        kwargs = self.args.lr_scheduler_kwargs
+        optimizer = optimizer or self.optimizer
+        if (
+            optimizer
+            and self.lr_scheduler is None
+            and isinstance(kwargs, dict)
+            and 0 < kwargs.get("num_decay_steps", 0) < 1
+        ):
+            self.lr_scheduler = get_scheduler(
+                self.args.lr_scheduler_type,
+                optimizer,
+                self.args.get_warmup_steps(num_training_steps),
+                num_training_steps,
+                {**kwargs, "num_decay_steps": math.ceil(num_training_steps * kwargs["num_decay_steps"])},
+            )
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL's card says nothing about data or scores; export writes a real one."""

@@ -237,7 +237,7 @@ def test_hub_sources_are_read_and_an_unreachable_hub_is_one_message(realised, mo
         ("sources:\n  a: {path: a.jsonl, map: {usr: x}}", "mix.yaml:2: sources.a.map.usr: no format for conv"),
         (
             "kind: pairs\nsources:\n  a: {path: a.jsonl}",
-            "mix.yaml:1: kind: 'pairs': input should be 'conversations' or",
+            "mix.yaml:1: kind: 'pairs': input should be 'conversations', 'pref",
         ),
     ],
 )

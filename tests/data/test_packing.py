@@ -116,7 +116,7 @@ def test_too_long_documents_are_dropped_or_truncated_and_counted(small_tokenizer
 
 
 def test_nothing_left_is_an_error(small_tokenizer, tmp_path):
-    with pytest.raises(UserError, match=r"data\.max_length: 4: none of 3 conversations fits a row"):
+    with pytest.raises(UserError, match=r"data\.max_length: 4: none of 3 documents fits a row"):
         build_rows(random_conversations(3), small_tokenizer, 4, folder=tmp_path / "rows")
     assert not list(tmp_path.iterdir()), "nothing half-written stays"
 

@@ -68,6 +68,18 @@ def test_the_loss_of_packed_rows_is_that_of_their_documents_alone(
     assert abs(metrics(tmp_path)[0]["loss"] - total / count) < LOSS_TOLERANCE * 10
 
 
+def test_the_rate_warms_up_stays_and_decays_over_shares_of_the_run(
+    model: HymbaForCausalLM, tokenizer: Any, rows: Dataset, tmp_path: Path
+) -> None:
+    """20 steps: the first 2 warm up, the last 5 decay; the rate of a line is the one after its step."""
+    schedule = {"num_decay_steps": 0.25, "decay_type": "linear", "min_lr_ratio": 0.1}
+    settings = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": schedule, "warmup_steps": 0.1}
+    train(model, tokenizer, rows, tmp_path, max_steps=20, logging_steps=1, learning_rate=1e-3, **settings)
+    rates = [line["learning_rate"] * 1e3 for line in metrics(tmp_path)]
+    warm_up, decay = [0.1, 0.55], [1 - 0.9 * step / 5 for step in range(5)]
+    assert rates == pytest.approx([*warm_up, *[1.0] * 13, *decay])
+
+
 class Cut(TrainerCallback):
     """Ends the process' training in the middle of a step, as a kill would."""
 

@@ -20,7 +20,7 @@ from hymba_tune.data.synthetic.documents import raw_document
 from hymba_tune.data.synthetic.problem import Problem
 from hymba_tune.errors import UserError
 
-__all__ = ["GENERATORS", "conversations", "held_out", "raw_document"]
+__all__ = ["DOCUMENT_GENERATORS", "GENERATORS", "conversations", "held_out", "raw_document"]
 
 T = TypeVar("T")
 
@@ -46,13 +46,18 @@ GENERATORS: dict[str, Callable[[random.Random], dict[str, Any]]] = {
 }
 """name -> a function that draws one training conversation: {"messages", "tools"?}."""
 
+DOCUMENT_GENERATORS: dict[str, Callable[[random.Random], dict[str, Any]]] = {
+    "tiny_documents": lambda rng: {"text": raw_document(rng)}
+}
+"""name -> a function that draws one document to pretrain on: {"text"}."""
+
 
 def conversations(name: str, n: int, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """n training conversations of a generator.
+    """n training conversations, or documents, of a generator.
 
     Raises UserError for an unknown name.
     """
-    generate = _named(GENERATORS, name)
+    generate = _named({**GENERATORS, **DOCUMENT_GENERATORS}, name)
     rng = random.Random(f"{name}/{seed}")
     return (generate(rng) for _ in range(n))
 
