@@ -161,7 +161,13 @@ def test_a_context_is_extended_on_the_weights_of_pretraining(recipe_file: Path) 
     folder = recipe_file.parent
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": f"There are {i}. " * 9}) + "\n" for i in range(24)))
     (folder / "texts.yaml").write_text("kind: documents\nsources: {texts: {path: text.jsonl, licence: MIT}}\n")
-    plain = ["method=pretrain", "eval.suites=[]", "data.mix=texts.yaml", "data.packing=bfd", "data.too_long=split"]
+    plain = [
+        "method=pretrain",
+        "eval.suites=[]",
+        f"data.mix={folder / 'texts.yaml'}",
+        "data.packing=bfd",
+        "data.too_long=split",
+    ]
     first = [*plain, "stage=short", "data.max_length=64", f"output.dir={folder / 'short-x'}", "trainer.max_steps=6"]
     rope = ("rope_type=ntk", "max_position_embeddings=64", "orig_max_position_embeddings=64")
     first += [f"model.config.{part}" for part in rope]
