@@ -8,11 +8,15 @@
     rows/, validation-rows/     the tokenised, packed rows (Arrow)
     initial/                    the random weights that a `from: scratch` run starts from
     metrics.jsonl               one line a logging step
+    warnings.json               what looked wrong in the data or the training
     checkpoints/checkpoint-N/   what an interrupted run goes on from
     model/ or adapter/          the result: a checkpoint for from_pretrained, or a PEFT adapter
     eval/before/TASK.json       scores, samples and settings of one task, before and after the stage
     eval/after/TASK.json
-    results.json, report.md     the report
+    results.json, report.md, report.html    the report
+
+The folder of a pipeline holds a run directory a stage, environment.json, pipeline.json (its stages in order) and the
+report of the whole.
 
 Files are replaced whole: a reader or a crash sees the old file or the new one, never half of one.
 """
@@ -52,12 +56,15 @@ class RunDir:
         self.validation_rows = self.path / "validation-rows"
         self.initial = self.path / "initial"
         self.metrics = self.path / "metrics.jsonl"
+        self.warnings = self.path / "warnings.json"
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
         self.adapter = self.path / "adapter"
         self.eval = self.path / "eval"
         self.results = self.path / "results.json"
         self.report = self.path / "report.md"
+        self.page = self.path / "report.html"
+        self.pipeline = self.path / "pipeline.json"
 
     def evaluation(self, moment: Moment) -> Path:
         """The folder with one file a task."""

@@ -1,6 +1,9 @@
 """A run directory's files -> one results dictionary, of a run that is finished, cut off or still going.
 
 stage, method, finished (steps), settings (the resolved recipe), environment, data (counts)
+warnings  [{stage_step, message}] of the run, doubts (everything that speaks against its figures, in sentences)
+parent    {stage, changes: [{key, old, new}]}: the run this one starts from, where it lies beside it
+paper     [{key, paper, here, note}]: what the paper states otherwise; null where it states nothing
 training  {steps, epochs, tokens, supervised_tokens, seconds, tokens_per_second, first_loss, last_loss,
               loss_lost_at (first step whose loss is not finite), curve}
 scores    [{task, metric, headline, protocol, before, after, change, notes}], a row a metric
@@ -8,23 +11,24 @@ samples   {task: samples}
 """
 
 import json
-import math
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from hymba_tune.errors import UserError
+from hymba_tune.report.doubts import doubts
 from hymba_tune.report.samples import choose_samples
-from hymba_tune.run_dir import Moment, RunDir
+from hymba_tune.report.scores import ran, score_rows, task_results
+from hymba_tune.report.settings import against_paper, changed_settings
+from hymba_tune.run_dir import RunDir
 
 SCHEMA = 1
+STAGE_PREFIX = "stage:"
 CURVE_POINTS = 200
 CURVE_FIELDS = ("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second")
 STEPS = ("data", "before", "training", "after")
-
-Result = dict[str, Any]
 
 
 def collect(path: str | Path) -> dict[str, Any]:
@@ -34,31 +38,50 @@ def collect(path: str | Path) -> dict[str, Any]:
     """
     run = RunDir(path)
     state = run.read_json(run.state) or {}
-    recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8")) if run.recipe.exists() else {}
-    before, after = _task_results(run, "before"), _task_results(run, "after")
+    recipe = read_recipe(run)
+    before, after = task_results(run, "before"), task_results(run, "after")
     tasks = list(dict.fromkeys([*recipe.get("eval", {}).get("suites", []), *before, *after]))
-    return {
+    results = {
         "schema": SCHEMA,
         "stage": recipe.get("stage"),
         "method": recipe.get("method"),
         "finished": state.get("finished", []),
         "settings": recipe,
         "environment": run.read_json(run.environment),
+        "warnings": run.read_json(run.warnings) or [],
+        "parent": _parent(run, recipe),
+        "paper": against_paper(recipe),
         "data": run.read_json(run.data),
         "training": _training(_metric_lines(run.metrics)),
-        "scores": [row for task in tasks for row in _score_rows(task, before.get(task), after.get(task))],
-        "samples": {task: choose_samples(_ran(before.get(task)), _ran(after.get(task))) for task in tasks},
+        "scores": [row for task in tasks for row in score_rows(task, before.get(task), after.get(task))],
+        "samples": {task: choose_samples(ran(before.get(task)), ran(after.get(task))) for task in tasks},
     }
+    return results | {"doubts": doubts(results)}
 
 
-def _task_results(run: RunDir, moment: Moment) -> dict[str, Result]:
-    folder = run.evaluation(moment)
-    found = {path.stem: run.read_json(path) for path in sorted(folder.glob("*.json"))}
-    return {name: result for name, result in found.items() if isinstance(result, dict) and "metrics" in result}
+def read_recipe(run: RunDir) -> dict[str, Any]:
+    """The resolved recipe; empty where there is none. Raises UserError if it was broken from outside."""
+    if not run.recipe.exists():
+        return {}
+    try:
+        recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{run.recipe}: not valid YAML ({str(error).splitlines()[0]}); run the stage again") from None
+    if not isinstance(recipe, dict):
+        raise UserError(f"{run.recipe}: holds no recipe; run the stage again")
+    return recipe
 
 
-def _ran(result: Result | None) -> Result | None:
-    return result if result is not None and result["not_run"] is None else None
+def parent_name(recipe: dict[str, Any]) -> str | None:
+    """The stage that a recipe starts from."""
+    source = str((recipe.get("model") or {}).get("from"))
+    return source.removeprefix(STAGE_PREFIX) if source.startswith(STAGE_PREFIX) else None
+
+
+def _parent(run: RunDir, recipe: dict[str, Any]) -> dict[str, Any] | None:
+    name = parent_name(recipe)
+    parent = read_recipe(RunDir(run.path.absolute().parent / name)) if name else {}
+    return {"stage": name, "changes": changed_settings(parent, recipe)} if parent else None
 
 
 def _metric_lines(path: Path) -> list[dict[str, Any]]:
@@ -100,77 +123,3 @@ def thinned(lines: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]
     if len(lines) <= count:
         return list(lines)
     return [lines[round(i * (len(lines) - 1) / (count - 1))] for i in range(count)]
-
-
-def _score_rows(task: str, before: Result | None, after: Result | None) -> list[dict[str, Any]]:
-    """A row a metric, the headline first; one row with notes only for a task without scores."""
-    latest = after or before
-    ran = [result for result in (_ran(before), _ran(after)) if result is not None]
-    names = list(dict.fromkeys(name for result in ran for name in result["metrics"]))
-    headline = ran[-1]["headline"] if ran else None
-    base = {"task": task, "protocol": latest["protocol"] if latest else None, "notes": _notes(before, after)}
-    if not names:
-        return [base | {"metric": None, "headline": True, "before": None, "after": None, "change": None}]
-    names.sort(key=lambda name: name != headline)
-    return [
-        base
-        | {
-            "metric": name,
-            "headline": name == headline,
-            "before": _metric(before, name),
-            "after": _metric(after, name),
-            "change": _change(before, after, name),
-        }
-        for name in names
-    ]
-
-
-def _notes(before: Result | None, after: Result | None) -> list[str]:
-    notes = []
-    for moment, result in (("before", before), ("after", after)):
-        if result is None:
-            continue
-        if result["not_run"]:
-            notes.append(f"{moment}: not run: {result['not_run']}")
-        if result["suspect"]:
-            notes.append(f"{moment}: suspect: {result['suspect']}")
-        if result.get("cut_prompts"):
-            notes.append(f"{moment}: {result['cut_prompts']} prompts did not fit the model and lost their beginning")
-        if result.get("cut_answers"):
-            notes.append(f"{moment}: {result['cut_answers']} answers reached the token limit instead of ending")
-    parts = (after or before or {}).get("parts_not_run", {})
-    notes += [f"{part}: not run: {reason}" for part, reason in parts.items()]
-    if before and after and before["protocol"] != after["protocol"]:
-        notes.append(f"before was measured under another protocol: {before['protocol']}")
-    return notes
-
-
-def _metric(result: Result | None, name: str) -> dict[str, Any] | None:
-    return result["metrics"].get(name) if result is not None else None
-
-
-def _change(before: Result | None, after: Result | None, name: str) -> dict[str, float | None] | None:
-    """After minus before, with its standard error: of the items' differences where both judged the same items."""
-    old, new = _metric(before, name), _metric(after, name)
-    if old is None or new is None:
-        return None
-    assert before is not None
-    assert after is not None
-    differences = _differences(_verdicts(before, name), _verdicts(after, name))
-    if len(differences) > 1 and math.isclose(statistics.fmean(differences), new["value"] - old["value"], abs_tol=1e-9):
-        stderr: float | None = statistics.stdev(differences) / math.sqrt(len(differences))
-    elif old["stderr"] is None or new["stderr"] is None:
-        stderr = None
-    else:
-        stderr = math.hypot(old["stderr"], new["stderr"])
-    return {"value": new["value"] - old["value"], "stderr": stderr}
-
-
-def _verdicts(result: Result, name: str) -> dict[str, float]:
-    found = {item["id"]: item["verdict"].get(name) for item in result["items"]}
-    return {identifier: float(score) for identifier, score in found.items() if isinstance(score, int | float)}
-
-
-def _differences(old: dict[str, float], new: dict[str, float]) -> list[float]:
-    """New minus old, item by item; empty unless both judged the same items."""
-    return [new[identifier] - old[identifier] for identifier in old] if old.keys() == new.keys() else []
