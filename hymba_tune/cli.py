@@ -126,17 +126,28 @@ def evaluate(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories, finished or not.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories or pipelines, finished or not.")],
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the comparison of several as a page.")
+    ] = None,
 ) -> None:
-    """Write the report of runs anew, from their files."""
+    """Write the report of runs anew, from their files; several are compared, each with the first."""
+    from hymba_tune.report.compare import compare, write_comparison
+    from hymba_tune.report.pipeline import is_pipeline
     from hymba_tune.report.render import write_report
     from hymba_tune.run_dir import RunDir
 
     for run in runs:
-        if not RunDir(run).recipe.exists():
+        if not RunDir(run).recipe.exists() and not is_pipeline(run):
             raise UserError(f"{run}: holds no run (no recipe.yaml); give a run directory, as in runs/sft1")
+    if html is not None and len(runs) < 2:
+        raise UserError("--html writes a comparison: give two runs or more; a run's own page is its report.html")
     for run in runs:
         print(write_report(run))
+    if len(runs) > 1:
+        compare(runs)
+    if html is not None:
+        print(write_comparison(runs, html))
 
 
 @data_app.command(name="preview")

@@ -110,7 +110,19 @@ def run_pipeline(
             runs.append(run_stage(recipe, "anew"))
         else:
             runs.append(run_stage(recipe, "refuse" if pipeline.folder is None else "rerun"))
+        _report(pipeline)
     return runs
+
+
+def _report(pipeline: Pipeline) -> None:
+    """The report of the stages so far, in the pipeline's folder."""
+    from hymba_tune.report.render import write_report
+
+    if pipeline.folder is not None:
+        folder = RunDir(pipeline.folder)
+        folder.write_json(folder.pipeline, {"stages": [recipe.stage for recipe in pipeline.stages]})
+        folder.write_environment()
+        write_report(pipeline.folder)
 
 
 def _load_stage(path: Path, overrides: Sequence[str], tiny: bool, folder: Path) -> Recipe:

@@ -6,12 +6,14 @@ parent    {stage, changes: [{key, old, new}]}: the run this one starts from, whe
 paper     [{key, paper, here, note}]: what the paper states otherwise; null where it states nothing
 training  {steps, epochs, tokens, supervised_tokens, seconds, tokens_per_second, first_loss, last_loss,
               loss_lost_at (first step whose loss is not finite), curve}
+evaluation_seconds  {before, after}; scores that were taken over from the stage before count as they did there
+headline  the headline metrics before and after, as headline.py has them
 scores    [{task, metric, headline, protocol, before, after, change, notes}], a row a metric
 samples   {task: samples}
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import yaml
 
 from hymba_tune.errors import UserError
 from hymba_tune.report.doubts import doubts
+from hymba_tune.report.headline import headline
 from hymba_tune.report.samples import choose_samples
 from hymba_tune.report.scores import ran, score_rows, task_results
 from hymba_tune.report.settings import against_paper, changed_settings
@@ -53,6 +56,8 @@ def collect(path: str | Path) -> dict[str, Any]:
         "paper": against_paper(recipe),
         "data": run.read_json(run.data),
         "training": _training(_metric_lines(run.metrics)),
+        "evaluation_seconds": {"before": _seconds(before), "after": _seconds(after)},
+        "headline": headline({"before": before, "after": after}),
         "scores": [row for task in tasks for row in score_rows(task, before.get(task), after.get(task))],
         "samples": {task: choose_samples(ran(before.get(task)), ran(after.get(task))) for task in tasks},
     }
@@ -76,6 +81,10 @@ def parent_name(recipe: dict[str, Any]) -> str | None:
     """The stage that a recipe starts from."""
     source = str((recipe.get("model") or {}).get("from"))
     return source.removeprefix(STAGE_PREFIX) if source.startswith(STAGE_PREFIX) else None
+
+
+def _seconds(results: Mapping[str, Any]) -> float:
+    return round(sum(result["seconds"] for result in results.values()), 1)
 
 
 def _parent(run: RunDir, recipe: dict[str, Any]) -> dict[str, Any] | None:

@@ -1,24 +1,29 @@
-"""results.json -> report.md, through templates/report.md.jinja.
+"""The files of a report: results.json, and from it report.md and report.html, through the templates in templates/.
 
-Everything a template prints is escaped for Markdown unless a filter here made it: a name with a pipe or an answer with
-HTML comes out as text.
+Everything that a Markdown template prints is escaped for Markdown unless a filter here made it: a name with a pipe or
+an answer with HTML comes out as text. Pages have their own rules (page.py).
 """
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 import yaml
 
 from hymba_tune.report.collect import STEPS, collect, thinned
+from hymba_tune.report.figures import count, duration, number, percent, points
+from hymba_tune.report.page import render_page
+from hymba_tune.report.pipeline import collect_pipeline, is_pipeline
+from hymba_tune.report.scores import verdict
 from hymba_tune.report.text import fenced, inline, shortened
 from hymba_tune.run_dir import RunDir
 
 ANSWER_CHARACTERS = 1200
 BRIEF_CHARACTERS = 160
+FIGURES: dict[str, Callable[[Any], str]] = {"percent": percent, "count": count, "number": number, "duration": duration}
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 60
 CURVE_ROWS = 10
@@ -29,17 +34,24 @@ class Markdown(str):
 
 
 def write_report(path: str | Path) -> Path:
-    """Writes results.json and report.md of the run in `path`, finished or not, and returns the report."""
+    """Writes results.json, report.md and report.html of a run or a pipeline's folder, finished or not.
+
+    Returns report.md. Raises UserError for a file that was broken from outside.
+    """
     run = RunDir(path)
-    results = collect(path)
+    if is_pipeline(path):
+        results, kind = collect_pipeline(path), "pipeline"
+    else:
+        results, kind = collect(path), "stage"
     # A lone surrogate in an answer, which UTF-8 cannot hold, becomes a JSON escape.
     text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace")
     run.write_text(run.results, text.decode() + "\n")
-    return run.write_text(run.report, render_markdown(results))
+    run.write_text(run.page, render_page(f"{kind}.html.jinja", results=results))
+    return run.write_text(run.report, render_markdown(results, kind))
 
 
-def render_markdown(results: dict[str, Any]) -> str:
-    """The report of `collect`'s results."""
+def render_markdown(results: dict[str, Any], kind: Literal["stage", "pipeline"] = "stage") -> str:
+    """The report of `collect`'s results, or of `collect_pipeline`'s."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hymba_tune.report", "templates"),
         autoescape=False,  # Markdown has its own rules: see `_escaped`
@@ -50,11 +62,8 @@ def render_markdown(results: dict[str, Any]) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {
-        "percent": _percent,
+        **{name: _markdown(figure) for name, figure in FIGURES.items()},
         "points": _points,
-        "count": _count,
-        "number": _number,
-        "duration": _duration,
         "sparkline": _sparkline,
         "answer": lambda value: Markdown(fenced(shortened(_as_text(value), ANSWER_CHARACTERS))),
         "yaml": lambda value: Markdown(
@@ -65,7 +74,11 @@ def render_markdown(results: dict[str, Any]) -> str:
         "columns": _columns,
         "thinned": lambda points: thinned(points, CURVE_ROWS),
     }
-    return environment.get_template("report.md.jinja").render(results=results, steps=STEPS)
+    return environment.get_template(f"{kind}.md.jinja").render(results=results, steps=STEPS)
+
+
+def _markdown(figure: Callable[[Any], str]) -> Callable[[Any], Markdown]:
+    return lambda value: Markdown(figure(value))
 
 
 def _escaped(value: Any) -> str:
@@ -78,40 +91,9 @@ def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else yaml.safe_dump(value, sort_keys=False, allow_unicode=True).strip()
 
 
-def _percent(metric: dict[str, Any] | None) -> Markdown:
-    """`42.3 ± 2.8`, in percent."""
-    if metric is None:
-        return Markdown("–")
-    error = "" if metric["stderr"] is None else f" ± {100 * metric['stderr']:.1f}"
-    return Markdown(f"{100 * metric['value']:.1f}{error}")
-
-
 def _points(change: dict[str, Any] | None) -> Markdown:
-    """`+12.0 ± 3.1` percentage points; a change beyond two standard errors is bold."""
-    if change is None:
-        return Markdown("–")
-    error = change["stderr"]
-    text = f"{100 * change['value']:+.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
-    clear = error is not None and abs(change["value"]) > 2 * error
-    return Markdown(f"**{text}**" if clear else text)
-
-
-def _count(value: Any) -> Markdown:
-    return Markdown("–" if value is None else f"{round(value):,}".replace(",", " "))
-
-
-def _number(value: float | None) -> Markdown:
-    return Markdown("–" if value is None else f"{value:.4g}")
-
-
-def _duration(seconds: float | None) -> Markdown:
-    if seconds is None:
-        return Markdown("–")
-    hours, rest = divmod(round(seconds), 3600)
-    minutes, seconds = divmod(rest, 60)
-    return Markdown(
-        f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
-    )
+    """Percentage points; a change beyond two standard errors is bold."""
+    return Markdown(f"**{points(change)}**" if verdict(change) else points(change))
 
 
 def _sparkline(values: Sequence[float | None]) -> Markdown:

@@ -82,7 +82,9 @@ def side_by_side(columns: Mapping[str, Mapping[str, Result]], against: str = "pr
     column before it (`previous`) or from the first (`first`) that has the metric under the same protocol; verdict is
     better, worse, or None for less than CLEAR standard errors.
     """
-    found = {name: {task: result for task, result in results.items() if ran(result)} for name, results in columns.items()}
+    found = {
+        name: {task: result for task, result in results.items() if ran(result)} for name, results in columns.items()
+    }
     tasks = dict.fromkeys(task for results in found.values() for task in results)
     rows = []
     for task in tasks:
@@ -111,9 +113,7 @@ def _cell(
     earlier = [
         i
         for i in range(index)
-        if (old := results[i]) is not None
-        and metric in old["metrics"]
-        and old["protocol"] == result["protocol"]
+        if (old := results[i]) is not None and metric in old["metrics"] and old["protocol"] == result["protocol"]
     ]
     if not earlier:
         return {"metric": result["metrics"][metric], "change": None, "verdict": None, "against": None}

@@ -16,9 +16,7 @@ def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[dic
     before, after = dict(_flat(old)), dict(_flat(new))
     keys = [key for key in dict.fromkeys([*after, *before]) if key not in NAMES]
     return [
-        {"key": key, "old": before.get(key), "new": after.get(key)}
-        for key in keys
-        if before.get(key) != after.get(key)
+        {"key": key, "old": before.get(key), "new": after.get(key)} for key in keys if before.get(key) != after.get(key)
     ]
 
 

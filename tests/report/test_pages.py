@@ -1,0 +1,158 @@
+"""The pages: self-contained, harmless, and readable in a browser at three sizes, light and dark."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from hymba_tune.report.compare import compare, write_comparison
+from hymba_tune.report.render import write_report
+from tests.report.browser import SIZES, chromium, open_page, violations
+from tests.report.conftest import HOSTILE
+
+
+@pytest.fixture
+def pipeline(finished: Path, tmp_path: Path) -> Path:
+    """A folder of two stages, the second cut off, of three."""
+    folder = tmp_path / "pipeline"
+    folder.mkdir()
+    finished.rename(folder / "sft1")
+    second = folder / "sft2"
+    (second / "eval").mkdir(parents=True)
+    recipe = (folder / "sft1" / "recipe.yaml").read_text().replace("stage: sft1", "stage: sft2")
+    (second / "recipe.yaml").write_text(recipe.replace("from: tiny", "from: stage:sft1").replace("0.002", "0.001"))
+    (second / "state.json").write_text(json.dumps({"finished": ["data"]}))
+    (second / "warnings.json").write_text(json.dumps([{"stage_step": "training 3", "message": "loss 0 <b>"}]))
+    (folder / "pipeline.json").write_text(json.dumps({"stages": ["sft1", "sft2", "dpo"]}))
+    return folder
+
+
+class Tags(HTMLParser):
+    """Every tag and attribute of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+
+def test_a_stage_page_has_no_script_and_loads_nothing(finished: Path) -> None:
+    write_report(finished)
+    page = (finished / "report.html").read_text()
+    tags = Tags(page).tags
+    assert not {"script", "img", "link", "iframe", "object"} & {tag for tag, _ in tags}
+    assert not [name for _, attributes in tags for name in attributes if name.startswith("on")]
+    links = [attributes[name] for _, attributes in tags for name in ("href", "src", "xlink:href") if name in attributes]
+    assert all(link is not None and link.startswith("#") for link in links)
+    assert "default-src 'none'" in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "\x1b" not in page
+    assert "\u202e" not in page
+
+
+def test_a_page_answers_better_trusted_cost_and_source_first(finished: Path) -> None:
+    write_report(finished)
+    page = (finished / "report.html").read_text()
+    answers = re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page)
+    assert [question for question, _ in answers] == [
+        "Did it get better?",
+        "Can I trust it?",
+        "What did it cost?",
+        "What did it learn from?",
+    ]
+    assert answers[2][1] == "3 min 20 s of training"
+    assert answers[3][1] == "1 000 conversations"
+
+
+def test_a_megabyte_of_any_text_stays_small_and_is_text(finished: Path) -> None:
+    path = finished / "eval" / "after" / "gsm8k.json"
+    result = json.loads(path.read_text())
+    for item in result["items"]:
+        item["answer"] = "\u202e</pre><script>" * 60_000 + "\x00\x1b[2J"
+    path.write_text(json.dumps(result))
+    write_report(finished)
+    page = (finished / "report.html").read_text()
+    assert len(page) < 200_000
+    assert "<script" not in page
+    assert not re.search("[\x00\x1b\u202e]", page)
+
+
+def test_a_pipeline_compares_each_stage_with_the_one_before(pipeline: Path) -> None:
+    text = write_report(pipeline).read_text()
+    results = json.loads((pipeline / "results.json").read_text())
+    base, first, second = results["headline"]["rows"]
+    assert [row["name"] for row in (base, first, second)] == ["base", "sft1", "sft2"]
+    assert base["cells"][0]["metric"]["value"] == 0.25
+    assert first["cells"][0]["change"]["value"] == 0.5
+    assert second["cells"] == [None]
+    assert "Hymba-1.5B-Instruct, published | 58.8 |" in text
+    assert "**Unfinished**: sft2, dpo still to come" in text
+    assert "sft2: loss 0 &lt;b&gt; (at training 3)" in text
+    changes = results["stages"][1]["parent"]["changes"]
+    assert {"key": "trainer.learning_rate", "old": 0.002, "new": 0.001} in changes
+    assert {row["key"] for row in results["stages"][0]["paper"]} >= {"trainer.learning_rate", "trainer.global_batch"}
+
+
+def test_a_regression_is_marked_in_words(pipeline: Path) -> None:
+    after = pipeline / "sft1" / "eval" / "after" / "gsm8k.json"
+    result = json.loads(after.read_text())
+    before = json.loads((pipeline / "sft1" / "eval" / "before" / "gsm8k.json").read_text())
+    for moment, value in ((before, 1.0), (result, 0.0)):
+        for index, item in enumerate(moment["items"]):
+            item["verdict"]["strict_match"] = value if index else 0.5
+        moment["metrics"]["strict_match"] = {"value": (0.5 + 7 * value) / 8, "n": 8, "stderr": 0.06}
+    after.write_text(json.dumps(result))
+    (pipeline / "sft1" / "eval" / "before" / "gsm8k.json").write_text(json.dumps(before))
+    assert "worse)" in write_report(pipeline).read_text()
+    assert "▼ worse" in (pipeline / "report.html").read_text()
+
+
+def test_runs_are_compared_with_the_first(pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compare([pipeline])
+    shown = capsys.readouterr().out
+    assert "trainer.learning_rate: 0.002 -> 0.001" in shown
+    page = write_comparison([pipeline / "sft1", pipeline / "sft2"], tmp_path / "comparison.html").read_text()
+    assert "Settings that differ from sft1" in page
+
+
+def test_the_same_results_give_the_same_page(finished: Path) -> None:
+    write_report(finished)
+    first = (finished / "report.html").read_bytes()
+    write_report(finished)
+    assert (finished / "report.html").read_bytes() == first
+
+
+@pytest.mark.full
+def test_pages_open_in_a_browser_without_errors(pipeline: Path, tmp_path: Path) -> None:
+    assert "<script>" in HOSTILE
+    write_report(pipeline / "sft1")
+    write_report(pipeline)
+    with chromium(tmp_path / "profile") as browser:
+        for page in (pipeline / "report.html", pipeline / "sft1" / "report.html"):
+            for size in SIZES:
+                papers = []
+                for dark in (False, True):
+                    facts = open_page(browser, page, size, dark)
+                    assert facts["console"] == []
+                    assert facts["overflow"] <= 0, f"{page}, {size}: {facts['overflow']} pixels too wide"
+                    assert facts["tables"] >= 4
+                    assert facts["charts"] > 40
+                    assert facts["scripts"] == 0
+                    papers.append(facts["paper"])
+                assert papers == ["rgb(255, 255, 255)", "rgb(16, 21, 27)"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_pages_pass_the_accessibility_checks(pipeline: Path, tmp_path: Path, dark: bool) -> None:
+    write_report(pipeline / "sft1")
+    write_report(pipeline)
+    with chromium(tmp_path / "profile") as browser:
+        for page in (pipeline / "report.html", pipeline / "sft1" / "report.html"):
+            open_page(browser, page, "desktop", dark)
+            assert violations(browser) == []
