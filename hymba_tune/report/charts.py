@@ -10,6 +10,7 @@ import re
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib as mpl
@@ -30,7 +31,7 @@ _STAND_INS = {
     **{f"#0000e{number}": f"var(--series-{number})" for number in range(SERIES)},
 }
 _MARKERS = ("o", "s", "^", "D", "v", "P")
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.size": 10,
@@ -61,7 +62,8 @@ Number = float | int | None
 
 def curve(title: str, steps: Sequence[int], values: Sequence[Number]) -> Markup:
     """One value over the steps. Empty if there is no finite one; gaps where a value is not finite."""
-    points = [(step, value) for step, value in zip(steps, values, strict=True) if _finite(value)]
+    heights = [math.nan if value is None or math.isinf(value) else float(value) for value in values]
+    points = [(step, value) for step, value in zip(steps, heights, strict=True) if not math.isnan(value)]
     if not points:
         return Markup("")
     lowest, highest = min(points, key=lambda point: point[1]), max(points, key=lambda point: point[1])
@@ -74,7 +76,7 @@ def curve(title: str, steps: Sequence[int], values: Sequence[Number]) -> Markup:
         figure, axes = _axes(4.4, 2.5)
         axes.plot(
             steps,
-            [value if _finite(value) else math.nan for value in values],
+            heights,
             color=_colour(0),
             linewidth=1.4,
             marker="o" if len(points) == 1 else None,
@@ -175,10 +177,6 @@ def _cut(name: str) -> str:
     """A name cut to what stands beside an axis. A leading underscore would hide it from a legend."""
     name = name if len(name) <= LABEL_CHARACTERS else name[: LABEL_CHARACTERS - 1] + "…"
     return f"\u2009{name}" if name.startswith("_") else name
-
-
-def _finite(value: Number) -> bool:
-    return value is not None and math.isfinite(value)
 
 
 def _short(value: float) -> str:

@@ -39,10 +39,8 @@ def write_report(path: str | Path) -> Path:
     Returns report.md. Raises UserError for a file that was broken from outside.
     """
     run = RunDir(path)
-    if is_pipeline(path):
-        results, kind = collect_pipeline(path), "pipeline"
-    else:
-        results, kind = collect(path), "stage"
+    kind: Literal["stage", "pipeline"] = "pipeline" if is_pipeline(path) else "stage"
+    results = collect_pipeline(path) if kind == "pipeline" else collect(path)
     # A lone surrogate in an answer, which UTF-8 cannot hold, becomes a JSON escape.
     text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace")
     run.write_text(run.results, text.decode() + "\n")
