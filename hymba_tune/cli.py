@@ -150,6 +150,17 @@ def report(
         print(write_comparison(runs, html))
 
 
+@app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, of a run that goes on or is over.")],
+    once: Annotated[bool, typer.Option("--once", help="Look once, and end.")] = False,
+) -> None:
+    """Show a run in the terminal: curves, rate, time left, last answers."""
+    from hymba_tune.report.watch import watch
+
+    watch(run, once=once)
+
+
 @data_app.command(name="preview")
 def data_preview(
     mix: MixFile,
@@ -157,15 +168,44 @@ def data_preview(
     rows: Annotated[int, typer.Option(min=1, help="Packed rows, or preference pairs, to show.")] = 3,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens a row, as in data.max_length.")] = 2048,
     seed: Annotated[int, typer.Option(help="As in data.seed.")] = 0,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page instead.")] = None,
 ) -> None:
     """Show conversations as the model sees them: turns, special tokens, tokens with loss, packing boundaries."""
     from hymba_tune.hub import check_hub
 
     check_hub({"--tokenizer": tokenizer})
+    from hymba_tune.inspection.page import write_preview
     from hymba_tune.inspection.preview import preview_mix
     from hymba_tune.inspection.terminal import show_preview
 
-    show_preview(preview_mix(mix, tokenizer, rows=rows, max_length=max_length, seed=seed))
+    preview = preview_mix(mix, tokenizer, rows=rows, max_length=max_length, seed=seed)
+    if html is None:
+        show_preview(preview)
+    else:
+        print(write_preview(preview, html))
+
+
+@data_app.command(name="stats")
+def data_stats(
+    mix: MixFile,
+    tokenizer: Tokenizer = "tiny",
+    limit: Annotated[int, typer.Option(min=1, help="Most conversations or pairs to look at.")] = 5000,
+    seed: Annotated[int, typer.Option(help="As in data.seed.")] = 0,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page instead.")] = None,
+) -> None:
+    """Count a mix by source: lengths, turns, tokens, supervised share, languages of code, duplicates."""
+    from hymba_tune.hub import check_hub
+
+    check_hub({"--tokenizer": tokenizer})
+    from hymba_tune.inspection.page import write_stats
+    from hymba_tune.inspection.stats import mix_stats
+    from hymba_tune.inspection.terminal import show_stats
+
+    stats = mix_stats(mix, tokenizer, limit=limit, seed=seed)
+    if html is None:
+        show_stats(stats)
+    else:
+        print(write_stats(stats, html))
 
 
 @app.command()

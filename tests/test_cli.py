@@ -34,7 +34,7 @@ def test_help_lists_the_commands_and_loads_nothing_heavy():
         "assert not heavy, heavy"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    for command in ("run", "plan", "eval", "report", "doctor"):
+    for command in ("run", "plan", "eval", "report", "watch", "data", "doctor"):
         assert command in shown
 
 

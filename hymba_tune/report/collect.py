@@ -55,7 +55,7 @@ def collect(path: str | Path) -> dict[str, Any]:
         "parent": _parent(run, recipe),
         "paper": against_paper(recipe),
         "data": run.read_json(run.data),
-        "training": _training(_metric_lines(run.metrics)),
+        "training": _training(metric_lines(run.metrics)),
         "evaluation_seconds": {"before": _seconds(before), "after": _seconds(after)},
         "headline": headline({"before": before, "after": after}),
         "scores": [row for task in tasks for row in score_rows(task, before.get(task), after.get(task))],
@@ -93,7 +93,7 @@ def _parent(run: RunDir, recipe: dict[str, Any]) -> dict[str, Any] | None:
     return {"stage": name, "changes": changed_settings(parent, recipe)} if parent else None
 
 
-def _metric_lines(path: Path) -> list[dict[str, Any]]:
+def metric_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of metrics.jsonl, NaN and infinity as null; a line that was cut short is left out."""
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():

@@ -22,6 +22,8 @@ from hymba_tune.report.text import shortened, visible
 
 ANSWER_CHARACTERS = 1200
 BRIEF_CHARACTERS = 160
+PIECE_CHARACTERS = 4000
+"""Longest piece of training text shown."""
 CURVE_ROWS = 10
 CURVES = {
     "loss": "Loss",
@@ -50,6 +52,7 @@ def render_page(template: str, **values: Any) -> str:
         "number": number,
         "duration": duration,
         "answer": lambda value: _cut(_as_text(value), ANSWER_CHARACTERS),
+        "piece": lambda value: _cut(value, PIECE_CHARACTERS),
         "brief": lambda value: _cut(value if isinstance(value, str) else _json(value), BRIEF_CHARACTERS),
         "yaml": _yaml,
         "columns": _columns,

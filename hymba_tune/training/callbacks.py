@@ -78,6 +78,7 @@ class MetricsFile(TrainerCallback):
         self._mark = (now, self.meter.tokens)
         line = {
             "step": state.global_step,
+            "max_steps": state.max_steps,
             "epoch": round(state.epoch or 0.0, 6),
             **{key: logs[key] for key in logs if key not in ("epoch", "step", "num_tokens", "total_flos")},
             "tokens": self.meter.tokens,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.report_size import make_pipeline
 from hymba_tune.report.compare import compare, write_comparison
 from hymba_tune.report.render import write_report
 from tests.report.browser import SIZES, chromium, open_page, violations
@@ -125,6 +126,14 @@ def test_the_same_results_give_the_same_page(finished: Path) -> None:
     first = (finished / "report.html").read_bytes()
     write_report(finished)
     assert (finished / "report.html").read_bytes() == first
+
+
+def test_a_page_of_five_stages_and_six_suites_is_small(tmp_path: Path) -> None:
+    folder = make_pipeline(tmp_path / "pipeline")
+    write_report(folder)
+    page = folder / "report.html"
+    assert page.stat().st_size < 3_000_000
+    assert page.read_text().count("<svg") == 5 * 5 + 1
 
 
 @pytest.mark.full
