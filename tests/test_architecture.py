@@ -32,7 +32,7 @@ ARROWS: dict[str, set[str]] = {
     "training": {"recipe", "run_dir", "data", "model"},
     "evaluation": {"recipe", "run_dir", "data", "model"},
     "report": {"run_dir"},
-    "inspection": {"data", "weights", "report"},
+    "inspection": {"run_dir", "data", "weights", "report"},
     "weights": {"recipe", "run_dir", "model", "tiny"},
     "evaluate": {"data", "model", "weights", "evaluation"},
 }
