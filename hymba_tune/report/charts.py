@@ -22,7 +22,7 @@ from hymba_tune.report.text import shortened, visible
 
 SERIES = 6
 """Colours that the page has for lines and bars: --series-0 to --series-5."""
-LABEL_CHARACTERS = 24
+LABEL_CHARACTERS = 20
 
 _INK, _GRID = "#0000f0", "#0000f1"
 _STAND_INS = {
@@ -92,7 +92,7 @@ def bars(title: str, names: Sequence[str], parts: Mapping[str, Sequence[float]],
     totals = [sum(values) for values in zip(*parts.values(), strict=True)]
     said = ", ".join(f"{visible(name)} {_short(total)}" for name, total in zip(names, totals, strict=True))
     with mpl.rc_context(_STYLE):
-        figure, axes = _axes(6.6, 0.9 + 0.32 * len(names))
+        figure, axes = _axes(4.8, 0.9 + 0.32 * len(names))
         left = [0.0] * len(names)
         for number, (label, values) in enumerate(parts.items()):
             axes.barh(range(len(names)), values, left=left, color=_colour(number), label=label, height=0.62)
@@ -103,7 +103,7 @@ def bars(title: str, names: Sequence[str], parts: Mapping[str, Sequence[float]],
         axes.set_xlabel(unit)
         axes.xaxis.set_major_formatter(lambda value, position: _short(value))
         if len(parts) > 1:
-            axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(parts))
+            axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(parts), columnspacing=1)
         return _svg(figure, f"{title}, in {unit}: {shortened(said, 600)}.")
 
 
@@ -113,7 +113,7 @@ def scores(title: str, columns: Sequence[str], lines: Mapping[str, Sequence[tupl
         return Markup("")
     said = []
     with mpl.rc_context(_STYLE):
-        figure, axes = _axes(6.6, 3.2)
+        figure, axes = _axes(4.8, 3.0)
         for number, (name, values) in enumerate(lines.items()):
             known = [(i, value[0], value[1]) for i, value in enumerate(values) if value is not None]
             if not known:
@@ -133,7 +133,7 @@ def scores(title: str, columns: Sequence[str], lines: Mapping[str, Sequence[tupl
         axes.set_xticks(range(len(columns)), [_label(name) for name in columns])
         axes.set_xlim(-0.25, len(columns) - 0.75)
         axes.set_ylabel("percent")
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
         return _svg(figure, f"{title}, in percent, over {', '.join(map(visible, columns))}: {'; '.join(said)}.")
 
 
@@ -145,7 +145,7 @@ def histogram(title: str, groups: Mapping[str, Sequence[float]], unit: str) -> M
     everything = [value for values in groups.values() for value in values]
     words = f"{title}: {len(everything)} values from {_short(min(everything))} to {_short(max(everything))} {unit}."
     with mpl.rc_context(_STYLE):
-        figure, axes = _axes(6.6, 2.8)
+        figure, axes = _axes(4.8, 2.6)
         axes.hist(
             list(groups.values()),
             bins=40,
@@ -154,7 +154,7 @@ def histogram(title: str, groups: Mapping[str, Sequence[float]], unit: str) -> M
             label=[_label(name) for name in groups],
         )
         axes.set_xlabel(unit)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
         return _svg(figure, words)
 
 
