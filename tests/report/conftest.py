@@ -125,5 +125,21 @@ def finished(begun: Path) -> Path:
     return begun
 
 
+@pytest.fixture
+def pipeline(finished: Path, tmp_path: Path) -> Path:
+    """A folder of two stages, the second cut off, of three."""
+    folder = tmp_path / "pipeline"
+    folder.mkdir()
+    finished.rename(folder / "sft1")
+    second = folder / "sft2"
+    (second / "eval").mkdir(parents=True)
+    recipe = (folder / "sft1" / "recipe.yaml").read_text().replace("stage: sft1", "stage: sft2")
+    (second / "recipe.yaml").write_text(recipe.replace("from: tiny", "from: stage:sft1").replace("0.002", "0.001"))
+    (second / "state.json").write_text(json.dumps({"finished": ["data"]}))
+    (second / "warnings.json").write_text(json.dumps([{"stage_step": "training 3", "message": "loss 0 <b>"}]))
+    (folder / "pipeline.json").write_text(json.dumps({"stages": ["sft1", "sft2", "dpo"]}))
+    return folder
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--make-golden", action="store_true", help="write tests/report/golden from the current code")

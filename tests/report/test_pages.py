@@ -10,24 +10,6 @@ import pytest
 from benchmarks.report_size import make_pipeline
 from hymba_tune.report.compare import compare, write_comparison
 from hymba_tune.report.render import write_report
-from tests.report.browser import SIZES, chromium, open_page, violations
-from tests.report.conftest import HOSTILE
-
-
-@pytest.fixture
-def pipeline(finished: Path, tmp_path: Path) -> Path:
-    """A folder of two stages, the second cut off, of three."""
-    folder = tmp_path / "pipeline"
-    folder.mkdir()
-    finished.rename(folder / "sft1")
-    second = folder / "sft2"
-    (second / "eval").mkdir(parents=True)
-    recipe = (folder / "sft1" / "recipe.yaml").read_text().replace("stage: sft1", "stage: sft2")
-    (second / "recipe.yaml").write_text(recipe.replace("from: tiny", "from: stage:sft1").replace("0.002", "0.001"))
-    (second / "state.json").write_text(json.dumps({"finished": ["data"]}))
-    (second / "warnings.json").write_text(json.dumps([{"stage_step": "training 3", "message": "loss 0 <b>"}]))
-    (folder / "pipeline.json").write_text(json.dumps({"stages": ["sft1", "sft2", "dpo"]}))
-    return folder
 
 
 class Tags(HTMLParser):
@@ -134,34 +116,3 @@ def test_a_page_of_five_stages_and_six_suites_is_small(tmp_path: Path) -> None:
     page = folder / "report.html"
     assert page.stat().st_size < 3_000_000
     assert page.read_text().count("<svg") == 5 * 5 + 1
-
-
-@pytest.mark.full
-def test_pages_open_in_a_browser_without_errors(pipeline: Path, tmp_path: Path) -> None:
-    assert "<script>" in HOSTILE
-    write_report(pipeline / "sft1")
-    write_report(pipeline)
-    with chromium(tmp_path / "profile") as browser:
-        for page in (pipeline / "report.html", pipeline / "sft1" / "report.html"):
-            for size in SIZES:
-                papers = []
-                for dark in (False, True):
-                    facts = open_page(browser, page, size, dark)
-                    assert facts["console"] == []
-                    assert facts["overflow"] <= 0, f"{page}, {size}: {facts['overflow']} pixels too wide"
-                    assert facts["tables"] >= 4
-                    assert facts["charts"] > 40
-                    assert facts["scripts"] == 0
-                    papers.append(facts["paper"])
-                assert papers == ["rgb(255, 255, 255)", "rgb(16, 21, 27)"]
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_pages_pass_the_accessibility_checks(pipeline: Path, tmp_path: Path, dark: bool) -> None:
-    write_report(pipeline / "sft1")
-    write_report(pipeline)
-    with chromium(tmp_path / "profile") as browser:
-        for page in (pipeline / "report.html", pipeline / "sft1" / "report.html"):
-            open_page(browser, page, "desktop", dark)
-            assert violations(browser) == []
