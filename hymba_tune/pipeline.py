@@ -21,6 +21,8 @@ from hymba_tune.run_dir import RunDir
 from hymba_tune.weights import STAGE_PREFIX
 from hymba_tune.yaml_reader import read_yaml
 
+_ANEW = "anew.json"
+
 
 class _PipelineFile(BaseModel):
     """stages: recipe files, relative to this one; output.dir: the folder that gets a run directory a stage."""
@@ -96,21 +98,25 @@ def run_pipeline(
         start: run this stage and what depends on it anew.
         only: run no other stage.
         force: run everything anew.
+
+    Given again after a kill, `start` and `force` go on with what they had begun anew.
     """
     from hymba_tune.stage import run_stage
 
     anew = pipeline.depending_on(start) if start else set()
     if only is not None:
         pipeline.depending_on(only)
+    chosen = [recipe for recipe in pipeline.stages if only in (None, recipe.stage)]
+    request = _Anew(pipeline.folder, [recipe.stage for recipe in chosen if force or recipe.stage in anew])
     runs = []
-    for recipe in pipeline.stages:
-        if only not in (None, recipe.stage):
-            continue
-        if force or recipe.stage in anew:
+    for recipe in chosen:
+        if request.waits_for(recipe.stage):
             runs.append(run_stage(recipe, "anew"))
+            request.finished(recipe.stage)
         else:
             runs.append(run_stage(recipe, "refuse" if pipeline.folder is None else "rerun"))
         _report(pipeline)
+    request.end()
     return runs
 
 
@@ -123,6 +129,40 @@ def _report(pipeline: Pipeline) -> None:
         folder.write_json(folder.pipeline, {"stages": [recipe.stage for recipe in pipeline.stages]})
         folder.write_environment()
         write_report(pipeline.folder)
+
+
+class _Anew:
+    """Which stages are to run anew; kept in the pipeline's folder (`anew.json`) until all of them have.
+
+    So the same command after a kill does not begin again with a stage that it has run already. A recipe on its own
+    needs no file: its run's state says that it was begun anew.
+    """
+
+    def __init__(self, folder: Path | None, stages: list[str]) -> None:
+        self.stages, self.waiting = stages, list(stages)
+        self._home = RunDir(folder) if folder is not None else None
+        if self._home is None:
+            return
+        earlier = self._home.read_json(_ANEW)
+        if earlier is not None and earlier["stages"] == stages:
+            self.waiting = earlier["waiting"]
+        elif stages:
+            self._home.write_json(_ANEW, {"stages": stages, "waiting": stages})
+        else:
+            self.end()
+
+    def waits_for(self, stage: str) -> bool:
+        return stage in self.waiting
+
+    def finished(self, stage: str) -> None:
+        self.waiting = [name for name in self.waiting if name != stage]
+        if self._home is not None:
+            self._home.write_json(_ANEW, {"stages": self.stages, "waiting": self.waiting})
+
+    def end(self) -> None:
+        """All is done, or a command without --from and --force has taken the place of the earlier one."""
+        if self._home is not None:
+            (self._home.path / _ANEW).unlink(missing_ok=True)
 
 
 def _load_stage(path: Path, overrides: Sequence[str], tiny: bool, folder: Path) -> Recipe:

@@ -7,8 +7,10 @@
     data.json                   sources, counts and fingerprint of the data
     rows/, validation-rows/     the tokenised, packed rows (Arrow)
     initial/                    the random weights that a `from: scratch` run starts from
-    metrics.jsonl               one line a logging step
-    warnings.json               what looked wrong in the data or the training
+    metrics.jsonl               one line a logging step, and one an evaluation on held-out rows
+    warnings.json               what looked wrong: a list of {"stage_step", "message"}
+    bad-batch-N.json            the batch that stopped the run: token ids, labels, text (N: the process that had it)
+    logs/                       what trainer.report_to writes on this machine
     checkpoints/checkpoint-N/   what an interrupted run goes on from
     model/ or adapter/          the result: a checkpoint for from_pretrained, or a PEFT adapter
     eval/before/TASK.json       scores, samples and settings of one task, before and after the stage
@@ -27,7 +29,9 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +44,9 @@ Moment = Literal["before", "after"]
 
 # A data loader's workers look every 5 seconds whether their run is still there.
 LEFTOVER_SECONDS = 10.0
+
+SPARE_BYTES = 64 * 2**20
+"""What stays free on the disk beside what is written: states, logs, the file system's own needs."""
 
 
 class RunDir:
@@ -57,6 +64,7 @@ class RunDir:
         self.initial = self.path / "initial"
         self.metrics = self.path / "metrics.jsonl"
         self.warnings = self.path / "warnings.json"
+        self.logs = self.path / "logs"
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
         self.adapter = self.path / "adapter"
@@ -69,6 +77,10 @@ class RunDir:
     def evaluation(self, moment: Moment) -> Path:
         """The folder with one file a task."""
         return self.eval / moment
+
+    def bad_batch(self, process: int) -> Path:
+        """What a process keeps of a batch whose loss or gradient is no number."""
+        return self.path / f"bad-batch-{process}.json"
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[RunDir]:
@@ -117,9 +129,42 @@ class RunDir:
         except ValueError as error:
             raise UserError(f"{target}: not valid JSON ({error}); delete it to have it made again") from None
 
+    def warn(self, stage_step: str, message: str) -> None:
+        """Print a warning and keep it in warnings.json; one that is there already is neither printed nor added."""
+        warning = {"stage_step": stage_step, "message": message}
+        known = self.read_json(self.warnings) or []
+        if warning not in known:
+            self.write_json(self.warnings, [*known, warning])
+            print(f"warning: {stage_step}: {message}", file=sys.stderr)
+
+    def clear(self) -> None:
+        """Empty the directory of an earlier run; if that is cut, the state left there is no recipe's."""
+        self.write_json(self.state, {"fingerprint": "cleared", "recipe": {}, "finished": []})
+        for entry in self.path.iterdir():
+            if entry not in (self.lock, self.state):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
     def write_environment(self) -> Path:
         """Record code, packages, machine and command of this start."""
         return self.write_json(self.environment, provenance())
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Raise UserError if the disk of `folder` (or of what exists above it) has less than `needed` bytes and some spare.
+
+    what: what is to be written, for the message.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed + SPARE_BYTES:
+        raise UserError(
+            f"{folder}: {what} needs {_size(needed)}, but {_size(free)} are free on its disk; nothing was written. "
+            "Free some and run the same command: it goes on from the last checkpoint"
+        )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 def _make_folder(path: Path) -> None:

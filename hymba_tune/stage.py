@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
+from hymba_tune.code_version import weights_code
 from hymba_tune.errors import UserError
+from hymba_tune.numerics import fix_numerics
 from hymba_tune.recipe import DATA_KINDS, Recipe
-from hymba_tune.run_dir import Moment, RunDir
+from hymba_tune.run_dir import Moment, RunDir, require_space
 from hymba_tune.weights import (
     Weights,
     find_weights,
@@ -43,7 +45,8 @@ def run_stage(recipe: Recipe, earlier: Literal["refuse", "rerun", "anew"] = "ref
 
     Args:
         earlier: what becomes of a run of another recipe (or of other data, or weights) in the directory: it is refused,
-            or replaced (rerun); `anew` replaces a run of the same recipe too.
+            or replaced (rerun); `anew` replaces a run of the same recipe too, but goes on with one that was begun anew
+            and cut.
 
     Raises:
         UserError: the recipe, its data or its weights can't be used, or the directory holds another run or is in use.
@@ -59,7 +62,7 @@ def run_stage(recipe: Recipe, earlier: Literal["refuse", "rerun", "anew"] = "ref
         try:
             state = _begin(run, recipe, earlier)
             ops.use_backend(recipe.model.backend)
-            _fix_numerics(state)
+            _fix_numerics(run, state)
             with _step(run, state, "data") as todo:
                 if todo:
                     _prepare_data(recipe, run)
@@ -73,6 +76,7 @@ def run_stage(recipe: Recipe, earlier: Literal["refuse", "rerun", "anew"] = "ref
         with _step(run, state, "training") as todo:
             if todo:
                 _train(recipe, run)
+        shutil.rmtree(run.checkpoints, ignore_errors=True)
         with _step(run, state, "after") as todo:
             if todo and recipe.eval.after:
                 _evaluate(recipe, run, "after")
@@ -85,34 +89,53 @@ def _begin(run: RunDir, recipe: Recipe, earlier: str) -> dict[str, Any]:
     """The stage's state: fresh, or that of the same recipe cut or finished earlier."""
     fingerprint = _fingerprint(recipe)
     state: dict[str, Any] | None = run.read_json(run.state)
-    if state is not None and (state["fingerprint"] != fingerprint or earlier == "anew"):
-        if earlier == "refuse":
-            changed = ", ".join(_differences(state["recipe"], _trained_by(recipe))) or "the files it starts from"
+    anew = earlier == "anew" and not (state is not None and state.get("anew") and "after" not in state["finished"])
+    if state is not None and (state["fingerprint"] != fingerprint or anew):
+        if earlier == "refuse" and state["finished"]:
             raise UserError(
-                f"output.dir: {run.path} holds a run of another recipe (different: {changed}); "
+                f"output.dir: {run.path} holds a run of another recipe (different: {_changes(state, recipe)}); "
                 "set another output.dir, or pass --force to start over"
             )
-        for entry in run.path.iterdir():
-            if entry != run.lock:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        run.clear()
         state = None
     if state is None:
         state = {"stage": recipe.stage, "fingerprint": fingerprint, "recipe": _trained_by(recipe), "finished": []}
+        state |= {"code": weights_code(recipe.method), "anew": earlier == "anew"}
+    state["finished"] = _still_true(state, recipe, run)
+    run.write_json(run.state, state)
     run.write_text(run.recipe, recipe.to_yaml())
     run.write_environment()
     return state
 
 
-def _fix_numerics(state: dict[str, Any]) -> None:
-    """Compute as the run began: threads and the precision of products decide the last bits of every sum."""
-    import torch
+def _changes(state: dict[str, Any], recipe: Recipe) -> str:
+    """What of a run is not the recipe's, in words."""
+    changed = _differences(state["recipe"], _trained_by(recipe))
+    old, new = state.get("code", {}), weights_code(recipe.method)
+    changed += [f"the code of {name}" for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    return ", ".join(changed) or "the files it starts from"
 
-    from hymba_tune.model.precision import choose_matmul_precision
 
-    began = {"matmul_precision": choose_matmul_precision(), "threads": torch.get_num_threads()}
-    numerics = state.setdefault("numerics", began)
-    torch.set_float32_matmul_precision(numerics["matmul_precision"])
-    torch.set_num_threads(numerics["threads"])
+def _still_true(state: dict[str, Any], recipe: Recipe, run: RunDir) -> list[str]:
+    """The finished steps, less those to be done again: training without its weights, scores asked for in another way.
+
+    A task whose settings are the same keeps its scores, and answers are kept one by one; see evaluation/suite.py.
+    """
+    finished, asked = set(state["finished"]), recipe.eval.model_dump(mode="json")
+    if not (run.model.exists() or run.adapter.exists()):
+        finished -= {"training", "after"}
+    if state.setdefault("eval", asked) != asked:
+        finished -= {"before", "after"}
+        state["eval"] = asked
+    return [step for step in state["finished"] if step in finished]
+
+
+def _fix_numerics(run: RunDir, state: dict[str, Any]) -> None:
+    """Compute as the run began, and say where this machine can't."""
+    state["numerics"], differences = fix_numerics(state.get("numerics"))
+    run.write_json(run.state, state)
+    if differences and "training" not in state["finished"]:
+        run.warn("resume", f"the run began {'; '.join(differences)}: its weights will not be the same bit for bit")
 
 
 @contextmanager
@@ -134,10 +157,10 @@ def _trained_by(recipe: Recipe) -> dict[str, Any]:
 
 
 def _fingerprint(recipe: Recipe) -> str:
-    """sha256 over what decides the trained weights: settings, the mix's content, the weights to start from."""
+    """sha256 over what decides the trained weights: settings, code, the mix's content, the weights to start from."""
     from hymba_tune.data.mix import load_mix, mix_fingerprint
 
-    digest = hashlib.sha256(json.dumps(_trained_by(recipe), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([_trained_by(recipe), weights_code(recipe.method)], sort_keys=True).encode())
     digest.update(mix_fingerprint(load_mix(recipe.data.mix)).encode())
     weights = stage_weights(recipe)
     if weights is not None:
@@ -255,15 +278,15 @@ def _train(recipe: Recipe, run: RunDir) -> None:
     rows, _ = load(run.rows)
     validation = load(run.validation_rows)[0] if recipe.data.validation else None
     model = _trainable(recipe, run, tokenizer)
-    trained = train(recipe, model, tokenizer, rows, validation, run.metrics, run.checkpoints)
+    trained = train(recipe, model, tokenizer, rows, validation, run)
     _save_whole(trained, run.adapter if hasattr(trained, "peft_config") else run.model, tokenizer)
-    shutil.rmtree(run.checkpoints, ignore_errors=True)
 
 
 def _save_whole(model: Any, folder: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> None:
     """save_pretrained that leaves the whole folder or nothing."""
     draft = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)
+    require_space(folder, sum(value.numel() * value.element_size() for value in model.parameters()), folder.name)
     model.save_pretrained(draft)
     if tokenizer is not None:
         tokenizer.save_pretrained(draft)
@@ -307,4 +330,7 @@ def _borrow_scores(recipe: Recipe, run: RunDir) -> None:
     """The scores after the stage before stand before this one: run_suite keeps of them what is still true."""
     parent, here = parent_run(recipe), run.evaluation("before")
     if parent is not None and parent.evaluation("after").exists() and not here.exists():
-        shutil.copytree(parent.evaluation("after"), here)
+        draft = here.with_name(".before.partial")
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.copytree(parent.evaluation("after"), draft)
+        draft.replace(here)

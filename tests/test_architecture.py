@@ -15,7 +15,7 @@ from hymba_tune.yaml_reader import read_yaml
 PACKAGE = Path(hymba_tune.__file__).parent
 
 # What everything may import: errors, YAML, paths, versions. It imports nothing but itself.
-BASE = {"", "errors", "layers", "paths", "provenance", "trainer_keys", "yaml_reader"}
+BASE = {"", "code_version", "errors", "layers", "paths", "provenance", "trainer_keys", "yaml_reader"}
 
 # Parts of the package and what of ours they may import besides BASE and themselves.
 ARROWS: dict[str, set[str]] = {
@@ -33,6 +33,7 @@ ARROWS: dict[str, set[str]] = {
     "evaluation": {"recipe", "run_dir", "data", "model"},
     "report": {"run_dir"},
     "inspection": {"run_dir", "data", "weights", "report"},
+    "numerics": {"model"},
     "weights": {"recipe", "run_dir", "model", "tiny"},
     "evaluate": {"data", "model", "weights", "evaluation"},
 }

@@ -36,8 +36,8 @@ class TokenMeter:
 class MetricsFile(TrainerCallback):
     """Appends one line a logging step to metrics.jsonl.
 
-    A resumed run first cuts the file back to its checkpoint, so that there are no gaps and no doubles. Training must be
-    saved on logging steps for that (training.arguments sees to it).
+    A resumed run first cuts the file back to its checkpoint, so that there are no gaps and no doubles. For that every
+    step that is saved or evaluated is logged: the trainer's running sums are empty when a checkpoint is written.
     """
 
     def __init__(self, path: Path, meter: TokenMeter) -> None:
@@ -58,7 +58,14 @@ class MetricsFile(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        if state.global_step >= state.max_steps:
+        if state.global_step >= state.max_steps or control.should_save or control.should_evaluate:
+            control.should_log = True
+        return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if control.should_save or control.should_evaluate:
             control.should_log = True
         return control
 

@@ -6,7 +6,6 @@ decay of the learning rate is, which is the recipe's.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -14,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from hymba_tune.recipe import Recipe
+from hymba_tune.run_dir import RunDir
 from hymba_tune.training.trainer import MeteredTrainer, common_arguments, run_training
 
 
@@ -27,20 +27,19 @@ def train_sft(
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
     validation: Dataset | None,
-    metrics: Path,
-    checkpoints: Path,
+    run: RunDir,
 ) -> Any:
     """Train `model` (full weights or with an adapter) on `rows` and return it.
 
     Args:
         rows: input_ids, labels (-100 where nothing is learned) and seq_lengths of each packed row; see data/packing.py.
-        metrics, checkpoints: where to write; a cut run goes on from the last whole checkpoint there.
+        run: where to write; a cut run goes on from the last whole checkpoint there.
 
     Raises:
         UserError: the settings contradict each other, an adapter gets no gradient, or the loss is no number.
     """
     arguments = SFTConfig(
-        **common_arguments(recipe, checkpoints),
+        **common_arguments(recipe, run),
         # Rows are made: TRL only collates them, flat and without padding, with every document's boundaries.
         dataset_kwargs={"skip_prepare_dataset": True},
         packing=True,
@@ -54,5 +53,5 @@ def train_sft(
         eval_dataset=validation,
         processing_class=tokenizer,
     )
-    run_training(trainer, recipe, metrics, checkpoints)
+    run_training(trainer, recipe, run)
     return trainer.model

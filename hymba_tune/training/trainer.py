@@ -16,8 +16,8 @@ from torch import nn
 from transformers import Trainer, get_scheduler
 from transformers.trainer_callback import PrinterCallback
 
-from hymba_tune.errors import UserError
 from hymba_tune.recipe import Recipe
+from hymba_tune.run_dir import RunDir
 from hymba_tune.training.callbacks import AdapterAudit, FiniteLoss, MetricsFile, ProgressBar, TokenMeter
 
 # Decay pulls towards zero: wrong for decay rates, skips, norms, biases and the learned meta tokens.
@@ -70,18 +70,24 @@ class MeteredTrainer(Trainer):
             )
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """transformers' own, but a run that was cut after its last step takes no further one."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """All processes write theirs before the trainer's state says that the checkpoint is whole."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL's card says nothing about data or scores; export writes a real one."""
 
 
-def common_arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
-    """Keyword arguments for TRL's config classes: the recipe's over our defaults, and what a run decides itself.
-
-    Raises:
-        UserError: checkpoints would fall between two logged steps, so that a resumed run's metrics had gaps.
-    """
+def common_arguments(recipe: Recipe, run: RunDir) -> dict[str, Any]:
+    """Keyword arguments for TRL's config classes: the recipe's over our defaults, and what a run decides itself."""
     on_gpu = torch.cuda.is_available()
-    arguments: dict[str, Any] = {
+    return {
         "logging_steps": 10,
         "save_strategy": "steps",
         "save_steps": 100,
@@ -89,30 +95,23 @@ def common_arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
         "report_to": "none",
         "seed": recipe.data.seed,
         **recipe.trainer_arguments,
-        "output_dir": str(checkpoints),
+        "output_dir": str(run.checkpoints),
         "disable_tqdm": True,
         "use_cpu": not on_gpu,
         "bf16": recipe.model.dtype == "bfloat16" or (recipe.model.dtype == "auto" and on_gpu),
     }
-    saving, logging = arguments["save_steps"], arguments["logging_steps"]
-    if arguments["save_strategy"] == "steps" and saving % logging:
-        raise UserError(
-            f"trainer.save_steps: {saving} is not a multiple of trainer.logging_steps {logging}, so a resumed run's "
-            f"metrics would have gaps; set save_steps to {max(saving // logging, 1) * logging}"
-        )
-    return arguments
 
 
-def run_training(trainer: Any, recipe: Recipe, metrics: Path, checkpoints: Path) -> None:
+def run_training(trainer: Any, recipe: Recipe, run: RunDir) -> None:
     """Train to the end, going on from the last whole checkpoint if there is one."""
     trainer.meter = TokenMeter()
     bar = ProgressBar(recipe.stage, trainer.meter)
     trainer.remove_callback(PrinterCallback)
-    for callback in (MetricsFile(metrics, trainer.meter), FiniteLoss(), bar):
+    for callback in (MetricsFile(run.metrics, trainer.meter), FiniteLoss(), bar):
         trainer.add_callback(callback)
     if recipe.adapter is not None:
         trainer.add_callback(AdapterAudit())
-    last = last_whole_checkpoint(checkpoints)
+    last = last_whole_checkpoint(run.checkpoints)
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     finally:

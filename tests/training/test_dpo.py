@@ -17,6 +17,7 @@ from trl import DPOConfig
 from hymba_tune.errors import UserError
 from hymba_tune.model import HymbaForCausalLM
 from hymba_tune.model.adapter import attach_adapter, load_adapter
+from hymba_tune.run_dir import RunDir
 from hymba_tune.trainer_keys import DPO_LOSSES
 from hymba_tune.training import dpo
 from hymba_tune.training.dpo import HymbaDPOTrainer, train_dpo
@@ -55,7 +56,7 @@ def adapted(model: HymbaForCausalLM, continued: bool = False) -> Any:
 def train(model: Any, tokenizer: Any, rows: Dataset, folder: Path, **trainer: Any) -> Any:
     adapter, validation = trainer.pop("adapter", None), trainer.pop("validation", None)
     recipe = make_recipe(adapter, method="dpo", **trainer)
-    return train_dpo(recipe, model, tokenizer, rows, validation, folder / "metrics.jsonl", folder / "checkpoints")
+    return train_dpo(recipe, model, tokenizer, rows, validation, RunDir(folder))
 
 
 def trainer_of(model: Any, tokenizer: Any, rows: Dataset, folder: Path, batch: int, **settings: Any) -> HymbaDPOTrainer:

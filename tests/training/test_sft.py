@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from hymba_tune.errors import UserError
 from hymba_tune.model import HymbaForCausalLM
 from hymba_tune.model.adapter import attach_adapter, load_adapter, merge_adapter
+from hymba_tune.run_dir import RunDir
 from hymba_tune.training import sft
 from hymba_tune.training.sft import HymbaSFTTrainer, train_sft
 from hymba_tune.training.trainer import last_whole_checkpoint
@@ -26,7 +27,7 @@ LOSS_TOLERANCE = 2e-6
 def train(model: Any, tokenizer: Any, rows: Dataset, folder: Path, **trainer: object) -> Any:
     adapter = trainer.pop("adapter", None)
     recipe = make_recipe(adapter, **trainer)  # type: ignore[arg-type]
-    return train_sft(recipe, model, tokenizer, rows, None, folder / "metrics.jsonl", folder / "checkpoints")
+    return train_sft(recipe, model, tokenizer, rows, None, RunDir(folder))
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -135,11 +136,19 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_not_used(tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4"]
 
 
-def test_checkpoints_between_logged_steps_are_refused(
+def test_a_step_that_is_saved_is_logged(model: HymbaForCausalLM, tokenizer: Any, rows: Dataset, tmp_path: Path) -> None:
+    train(model, tokenizer, rows, tmp_path, save_steps=5)
+    assert [line["step"] for line in metrics(tmp_path)] == [2, 4, 5, 6, 8, 10, 12]
+
+
+def test_a_run_cut_after_its_last_checkpoint_takes_no_further_step(
     model: HymbaForCausalLM, tokenizer: Any, rows: Dataset, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"trainer.save_steps: 5 .* set save_steps to 4"):
-        train(model, tokenizer, rows, tmp_path, save_steps=5)
+    trained = train(copy.deepcopy(model), tokenizer, rows, tmp_path, max_steps=5)
+    again = train(copy.deepcopy(model), tokenizer, rows, tmp_path, max_steps=5)
+    for (name, expected), (_, got) in zip(trained.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(expected, got), name
+    assert [line["step"] for line in metrics(tmp_path)] == [2, 4, 5]
 
 
 def test_a_loss_that_is_no_number_stops_the_run(

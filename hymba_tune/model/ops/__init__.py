@@ -8,6 +8,7 @@ import functools
 import importlib
 import logging
 import os
+from collections.abc import Mapping
 from types import ModuleType, TracebackType
 from typing import NamedTuple
 
@@ -15,7 +16,17 @@ from torch import Tensor
 
 from hymba_tune.errors import UserError
 
-__all__ = ["BACKENDS", "OpChoice", "causal_conv1d", "explain", "segment_attention", "selective_scan", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "OpChoice",
+    "causal_conv1d",
+    "chosen_backends",
+    "explain",
+    "keep_backends",
+    "segment_attention",
+    "selective_scan",
+    "use_backend",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +109,30 @@ def explain() -> list[OpChoice]:
     return [OpChoice(op, name, *_load(name).available(op)) for op in OPS for name in _MODULES]
 
 
+def chosen_backends(device: str) -> dict[str, str]:
+    """{operation: the backend that computes it on a device ("cpu", "cuda")}, as things are set now."""
+    return {op: _backend(op, device).__name__.rpartition(".")[2] for op in OPS}
+
+
+def keep_backends(backends: Mapping[str, str], device: str) -> list[str]:
+    """Have `auto` take these backends from now on, as a run began with them; {} frees it again.
+
+    Returns what can't be had here, a sentence each; `auto` goes on choosing there. A backend named by the user stays.
+    """
+    _kept.clear()
+    missing = []
+    for op, name in backends.items():
+        chosen = chosen_backends(device).get(op)
+        if chosen == name:
+            continue
+        ok, reason = _load(name).available(op) if name in _MODULES else (False, "it is not part of this version")
+        if ok and _chosen == "auto" and device in _load(name).DEVICES:
+            _kept[op] = name
+        else:
+            missing.append(f"{op} by backend {name}, here it is {chosen} ({reason})")
+    return missing
+
+
 def _checked(name: str, source: str) -> str:
     if name not in BACKENDS:
         raise UserError(f"{source}: {name!r} is no backend; choose one of {', '.join(BACKENDS)}")
@@ -109,6 +144,7 @@ def _from_environment() -> str:
 
 
 _chosen = _from_environment()
+_kept: dict[str, str] = {}
 
 
 def _load(name: str) -> ModuleType:
@@ -116,7 +152,8 @@ def _load(name: str) -> ModuleType:
 
 
 def _backend(op: str, device: str) -> ModuleType:
-    return _automatic(op, device) if _chosen == "auto" else _named(_chosen, op, device)
+    name = _kept.get(op, "auto") if _chosen == "auto" else _chosen
+    return _automatic(op, device) if name == "auto" else _named(name, op, device)
 
 
 @functools.cache
