@@ -292,6 +292,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[Location, str]]:
     if recipe.data.too_long == "split" and recipe.data.max_length < 2:
         yield ("data", "max_length"), f"{recipe.data.max_length}: pieces of a text need 2 tokens or more"
     yield from _schedule_problems(trainer.model_extra or {})
+    yield from _validation_problems(trainer.model_extra or {}, recipe.data)
     if recipe.method == "dpo" and recipe.data.packing != "none":
         yield ("data", "packing"), f"{recipe.data.packing}: preference pairs are not packed; set it to none"
     dropout = recipe.adapter.dropout if recipe.adapter else 0
@@ -312,6 +313,17 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[Location, str]]:
         wrong = problem(recipe.method, key, value)
         if wrong:
             yield ("trainer", key), wrong
+
+
+def _validation_problems(options: dict[str, Any], data: DataSection) -> Iterator[tuple[Location, str]]:
+    """Held-out losses need held-out rows; and what is measured after a checkpoint is lost with a kill in between."""
+    strategy = str(options.get("eval_strategy", "no"))
+    wants = [key for key in ("load_best_model_at_end", "eval_on_start") if options.get(key)]
+    wants += ["eval_strategy"] if strategy != "no" else []
+    if data.validation is None:
+        yield from ((("trainer", key), "needs held-out rows; set data.validation") for key in wants)
+    if strategy == "epoch" and options.get("save_strategy") != "epoch":
+        yield ("trainer", "eval_strategy"), "epoch: needs save_strategy epoch too, or a resumed run loses an evaluation"
 
 
 def _schedule_problems(options: dict[str, Any]) -> Iterator[tuple[Location, str]]:

@@ -137,6 +137,10 @@ class RunDir:
             self.write_json(self.warnings, [*known, warning])
             print(f"warning: {stage_step}: {message}", file=sys.stderr)
 
+    def warned(self, stage_step: str) -> bool:
+        """Whether a step of the run has given a warning already."""
+        return any(warning["stage_step"] == stage_step for warning in self.read_json(self.warnings) or [])
+
     def clear(self) -> None:
         """Empty the directory of an earlier run; if that is cut, the state left there is no recipe's."""
         self.write_json(self.state, {"fingerprint": "cleared", "recipe": {}, "finished": []})

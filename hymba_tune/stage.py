@@ -11,11 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import quote, unquote
 
 from rich.console import Console
 from rich.progress import Progress, TaskID
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 console = Console(stderr=True)
+
+LOST_SHARE = 0.05
+"""More than this share of the documents dropped or cut is worth a warning."""
 
 
 def run_stage(recipe: Recipe, earlier: Literal["refuse", "rerun", "anew"] = "refuse") -> RunDir:
@@ -200,23 +204,48 @@ def _prepare_data(recipe: Recipe, run: RunDir) -> None:
     tokenizer = load_tokenizer(_tokenizer_name(recipe))
     pairs, data = recipe.method == "dpo", recipe.data
     mix = load_mix(data.mix, DATA_KINDS[recipe.method])
-    splits: list[tuple[Literal["train", "validation"], Path, int | None]] = [("train", run.rows, data.limit)]
-    if data.validation:
-        splits.append(("validation", run.validation_rows, None))
-    record: dict[str, Any] = {"mix": recipe.data.mix, "fingerprint": mix_fingerprint(mix)}
-    for split, folder, limit in splits:
-        rows, sources = realise_mix(mix, data.seed, split, validation=data.validation, limit=limit)
-        counts: Any
+
+    def build(rows: Any, folder: Path) -> Any:
         if pairs:
             assert data.too_long != "split"  # the recipe is checked
-            _, counts = build_pairs(rows, tokenizer, data.max_length, data.too_long, folder=folder)
-        else:
-            _, counts = build_rows(rows, tokenizer, data.max_length, data.packing, data.too_long, folder=folder)
-        per_source = {name: asdict(tokens) for name, tokens in counts.sources.items()}
-        table = [asdict(source) | per_source.get(source.source, {}) for source in sources]
-        totals = {name: value for name, value in asdict(counts).items() if name != "sources"}
-        record |= {"sources": table, **totals} if split == "train" else {"validation_rows": counts.rows}
+            return build_pairs(rows, tokenizer, data.max_length, data.too_long, folder=folder)[1]
+        return build_rows(rows, tokenizer, data.max_length, data.packing, data.too_long, folder=folder)[1]
+
+    rows, sources = realise_mix(mix, data.seed, "train", validation=data.validation, limit=data.limit)
+    counts = build(rows, run.rows)
+    per_source = {name: asdict(tokens) for name, tokens in counts.sources.items()}
+    table = [asdict(source) | per_source.get(source.source, {}) for source in sources]
+    totals = {name: value for name, value in asdict(counts).items() if name != "sources"}
+    record = {"mix": data.mix, "fingerprint": mix_fingerprint(mix), "sources": table, **totals}
+    if data.validation:
+        held, _ = realise_mix(mix, data.seed, "validation", validation=data.validation)
+        record["validation_rows"] = sum(counts.rows for counts in _build_sources(held, run, build))
     run.write_json(run.data, record)
+    _warn_of_losses(run, record)
+
+
+def _build_sources(held: Any, run: RunDir, build: Callable[[Any, Path], Any]) -> Iterator[Any]:
+    """The held-out rows of each source in a folder of its own, with their counts; one that fits no row is left out."""
+    names = list(held["source"])
+    for source in dict.fromkeys(names):
+        mine = held.select([i for i, name in enumerate(names) if name == source])
+        try:
+            yield build(mine, run.validation_rows / quote(source, safe=""))
+        except UserError as error:
+            run.warn("data", f"no validation loss for source {source}: {error}")
+
+
+def _warn_of_losses(run: RunDir, record: dict[str, Any]) -> None:
+    """Say how much of the data was dropped or cut, where it is much."""
+    kept = record.get("documents", record["rows"])
+    dropped = sum(value for name, value in record.items() if name.startswith("dropped_"))
+    for what, count, remedy in (
+        ("cut at the end", record["truncated"], "raise data.max_length"),
+        ("dropped", dropped, "see the dropped_ counts in data.json; raise data.max_length if they are too long"),
+    ):
+        share = count / max(kept + dropped, 1)
+        if share > LOST_SHARE:
+            run.warn("data", f"{share:.0%} of the documents are {what} ({count} of {kept + dropped}): {remedy}")
 
 
 def _start_weights(recipe: Recipe, run: RunDir) -> Weights:
@@ -276,7 +305,8 @@ def _train(recipe: Recipe, run: RunDir) -> None:
     train, load = (train_dpo, load_pairs) if recipe.method == "dpo" else (train_sft, load_rows)
     tokenizer = load_tokenizer(_tokenizer_name(recipe))
     rows, _ = load(run.rows)
-    validation = load(run.validation_rows)[0] if recipe.data.validation else None
+    held = sorted(run.validation_rows.glob("*")) if recipe.data.validation else []
+    validation: dict[str, Any] | None = {unquote(folder.name): load(folder)[0] for folder in held} or None
     model = _trainable(recipe, run, tokenizer)
     trained = train(recipe, model, tokenizer, rows, validation, run)
     _save_whole(trained, run.adapter if hasattr(trained, "peft_config") else run.model, tokenizer)

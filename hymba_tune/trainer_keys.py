@@ -7,6 +7,7 @@ and `python tests/trl_fields.py` makes it anew. So a wrong key is refused in mil
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
 from functools import cache
 from pathlib import Path
@@ -84,6 +85,10 @@ DPO_LOSSES = (
 """DPOConfig.loss_type: one of these or a list of them; the class names them in its documentation only."""
 
 
+TRACKERS = ("tensorboard", "wandb", "trackio")
+"""What trainer.report_to may name: each is a package of that name."""
+
+
 @cache
 def fields(method: str) -> dict[str, dict[str, list[str]]]:
     """TRL's fields for a method (pretrain trains with the SFT class): name -> {"types": [...], "choices": [...]}."""
@@ -101,10 +106,24 @@ def problem(method: str, key: str, value: Any) -> str | None:
         return unknown_key(
             key, [*allowed, "global_batch"], f"a field of TRL's {'DPO' if method == 'dpo' else 'SFT'}Config"
         )
+    if key == "report_to":
+        return _tracker_problem(value)
     if method == "dpo" and key == "loss_type":
         unknown = [name for name in (value if isinstance(value, list) else [value]) if name not in DPO_LOSSES]
         return f"{unknown[0]!r} is no loss; {_nearest(str(unknown[0]), list(DPO_LOSSES))}" if unknown else None
     return _wrong_value(value, known[key].get("types", []), known[key].get("choices", []))
+
+
+def _tracker_problem(value: Any) -> str | None:
+    """What is wrong with report_to: an unknown tracker, or one whose package is not installed here."""
+    for name in value if isinstance(value, list) else [value]:
+        if name == "none":
+            continue
+        if name not in TRACKERS:
+            return f"{name!r} is not known; use none, {', '.join(TRACKERS)}"
+        if importlib.util.find_spec(name) is None:
+            return f"{name}: the package is not installed; pip install {name}, or set it to none"
+    return None
 
 
 def unknown_key(key: str, known: list[str], otherwise: str = "") -> str:

@@ -94,14 +94,17 @@ def _parent(run: RunDir, recipe: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def metric_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl, NaN and infinity as null; a line that was cut short is left out."""
+    """The whole lines of metrics.jsonl, NaN and infinity as null; a line cut short is left out.
+
+    Of training alone: lines of evaluations on held-out rows (`eval_loss`, `sources`) are left out too.
+    """
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             lines.append(json.loads(text, parse_constant=lambda name: None))
         except ValueError:
             continue
-    return lines
+    return [line for line in lines if "eval_loss" not in line]
 
 
 def _training(lines: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

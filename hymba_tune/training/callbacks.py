@@ -6,7 +6,7 @@ Everything here hangs on TRL's trainers as transformers callbacks and serves eve
 from __future__ import annotations
 
 import json
-import math
+import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hymba_tune.errors import UserError
 from hymba_tune.model.adapter import audit_gradients
+from hymba_tune.run_dir import RunDir
 
 
 class TokenMeter:
@@ -43,17 +43,19 @@ class MetricsFile(TrainerCallback):
     def __init__(self, path: Path, meter: TokenMeter) -> None:
         self.path = path
         self.meter = meter
-        self._mark: tuple[float, int] | None = None
+        self._mark: tuple[float, int, int] | None = None
+        self._sources: dict[str, float] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         lines = read_metrics(self.path, up_to_step=state.global_step)
         self.path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        if lines:
-            self.meter.tokens, self.meter.supervised = lines[-1]["tokens"], lines[-1]["supervised_tokens"]
-            self.meter.seconds = lines[-1]["seconds"]
-        self._mark = (time.monotonic(), self.meter.tokens)
+        trained = [line for line in lines if "loss" in line]
+        if trained:
+            self.meter.tokens, self.meter.supervised = trained[-1]["tokens"], trained[-1]["supervised_tokens"]
+            self.meter.seconds = trained[-1]["seconds"]
+        self._start_clock()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -77,12 +79,15 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not logs or "loss" not in logs or not state.is_world_process_zero:
+        if not logs or not state.is_world_process_zero:
+            return
+        if "loss" not in logs:
+            self._add_validation(state, logs)
             return
         assert self._mark is not None
-        now, (then, tokens) = time.monotonic(), self._mark
+        now, (then, tokens, supervised) = time.monotonic(), self._mark
         self.meter.seconds += now - then
-        self._mark = (now, self.meter.tokens)
+        self._start_clock()
         line = {
             "step": state.global_step,
             "max_steps": state.max_steps,
@@ -90,11 +95,41 @@ class MetricsFile(TrainerCallback):
             **{key: logs[key] for key in logs if key not in ("epoch", "step", "num_tokens", "total_flos")},
             "tokens": self.meter.tokens,
             "supervised_tokens": self.meter.supervised,
+            "supervised_share": round((self.meter.supervised - supervised) / max(self.meter.tokens - tokens, 1), 6),
             "tokens_per_second": round((self.meter.tokens - tokens) / max(now - then, 1e-9), 1),
             "seconds": round(self.meter.seconds, 3),
+            "memory_gib": peak_memory_gib(),
         }
+        self._append(line)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._start_clock()
+
+    def _add_validation(self, state: TrainerState, logs: dict[str, Any]) -> None:
+        """Collect the sources' losses of an evaluation; its last log, the loss over all, ends it with one line."""
+        found = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
+        losses = {key.removesuffix("_loss"): value for key, value in found.items() if key.endswith("_loss")}
+        self._sources |= losses
+        if "loss" not in found:
+            return
+        epoch = round(state.epoch or 0.0, 6)
+        self._append({"step": state.global_step, "epoch": epoch, "eval_loss": found["loss"], "sources": self._sources})
+        self._sources = {}
+        self._start_clock()
+
+    def _append(self, line: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+    def _start_clock(self) -> None:
+        self._mark = (time.monotonic(), self.meter.tokens, self.meter.supervised)
+
+
+def peak_memory_gib() -> float:
+    """The most that this process has held: allocated on the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**30, 3)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
 
 
 def read_metrics(path: Path, up_to_step: int | None = None) -> list[dict[str, Any]]:
@@ -132,11 +167,12 @@ class ProgressBar(TrainerCallback):
             MofNCompleteColumn(),
             TextColumn("{task.fields[loss]}"),
             TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[held]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        self.bar.add_task(self.title, total=state.max_steps, completed=state.global_step, loss="", rate="")
+        self.bar.add_task(self.title, total=state.max_steps, completed=state.global_step, loss="", rate="", held="")
         self.bar.start()
         self._began = (time.monotonic(), self.meter.tokens)
 
@@ -156,7 +192,10 @@ class ProgressBar(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if self.bar is not None and logs and "loss" in logs:
-            self.bar.update(self.bar.task_ids[0], loss=f"loss {logs['loss']:.4f}")
+            norm = f" norm {logs['grad_norm']:.2f}" if "grad_norm" in logs else ""
+            share = self.meter.supervised / max(self.meter.tokens, 1)
+            held = f"{share:.0%} supervised, {peak_memory_gib():.1f} GiB"
+            self.bar.update(self.bar.task_ids[0], loss=f"loss {logs['loss']:.4f}{norm}", held=held)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -184,8 +223,11 @@ class AdapterAudit(TrainerCallback):
             self.done = True
 
 
-class FiniteLoss(TrainerCallback):
-    """Stops a run whose loss is no number any more; the last good checkpoint stays."""
+class EarlyWarnings(TrainerCallback):
+    """Says once what makes a training pointless: a loss of exactly 0, or a learning rate of 0 after the warm-up."""
+
+    def __init__(self, run: RunDir) -> None:
+        self.run = run
 
     def on_log(
         self,
@@ -195,8 +237,10 @@ class FiniteLoss(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if logs and not math.isfinite(logs.get("loss", 0.0)):
-            raise UserError(
-                f"training: the loss is {logs['loss']} at step {state.global_step}; the last good checkpoint is in "
-                f"{args.output_dir}: lower trainer.learning_rate or look at the data, then run again"
-            )
+        if not logs or "loss" not in logs or not state.is_world_process_zero or self.run.warned("training"):
+            return
+        if logs["loss"] == 0:
+            self.run.warn("training", f"the loss is 0 at step {state.global_step}: has any token a label?")
+        rate, warmup = logs.get("learning_rate"), args.get_warmup_steps(state.max_steps)
+        if rate == 0 and state.global_step > warmup + 1:
+            self.run.warn("training", f"the learning rate is 0 at step {state.global_step}: nothing is learned")

@@ -58,7 +58,7 @@ def train_dpo(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
-    validation: Dataset | None,
+    validation: Dataset | dict[str, Dataset] | None,
     run: RunDir,
 ) -> Any:
     """Train `model` (full weights or with an adapter) on preference pairs and return it.
@@ -84,7 +84,7 @@ def train_dpo(
             eval_dataset=validation,
             processing_class=tokenizer,
         )
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, ImportError, NotImplementedError) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
     if arguments.precompute_ref_log_probs or _is_fresh(model):
         _forget_reference_adapter(model)

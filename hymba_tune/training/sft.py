@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from hymba_tune.errors import UserError
 from hymba_tune.recipe import Recipe
 from hymba_tune.run_dir import RunDir
 from hymba_tune.training.trainer import MeteredTrainer, common_arguments, run_training
@@ -26,7 +27,7 @@ def train_sft(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
-    validation: Dataset | None,
+    validation: Dataset | dict[str, Dataset] | None,
     run: RunDir,
 ) -> Any:
     """Train `model` (full weights or with an adapter) on `rows` and return it.
@@ -38,20 +39,23 @@ def train_sft(
     Raises:
         UserError: the settings contradict each other, an adapter gets no gradient, or the loss is no number.
     """
-    arguments = SFTConfig(
-        **common_arguments(recipe, run),
-        # Rows are made: TRL only collates them, flat and without padding, with every document's boundaries.
-        dataset_kwargs={"skip_prepare_dataset": True},
-        packing=True,
-        packing_strategy="bfd",
-        max_length=recipe.data.max_length,
-    )
-    trainer = HymbaSFTTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        eval_dataset=validation,
-        processing_class=tokenizer,
-    )
+    try:
+        arguments = SFTConfig(
+            **common_arguments(recipe, run),
+            # Rows are made: TRL only collates them, flat and without padding, with every document's boundaries.
+            dataset_kwargs={"skip_prepare_dataset": True},
+            packing=True,
+            packing_strategy="bfd",
+            max_length=recipe.data.max_length,
+        )
+        trainer = HymbaSFTTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            eval_dataset=validation,
+            processing_class=tokenizer,
+        )
+    except (ValueError, ImportError) as error:
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
     run_training(trainer, recipe, run)
     return trainer.model

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import trl.trainer.utils
@@ -18,7 +19,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from hymba_tune.recipe import Recipe
 from hymba_tune.run_dir import RunDir
-from hymba_tune.training.callbacks import AdapterAudit, FiniteLoss, MetricsFile, ProgressBar, TokenMeter
+from hymba_tune.training.callbacks import AdapterAudit, EarlyWarnings, MetricsFile, ProgressBar, TokenMeter
+from hymba_tune.training.guards import FiniteSteps, require_checkpoint_space
 
 # Decay pulls towards zero: wrong for decay rates, skips, norms, biases and the learned meta tokens.
 _NOT_DECAYED = re.compile(r"(A_log|(^|\.)D\.\d|norm|bias|memory_tokens|lora_magnitude)")
@@ -39,10 +41,37 @@ class MeteredTrainer(Trainer):
     """A mixin in front of one of TRL's trainers: counts tokens, decays by name, writes no model card of its own."""
 
     meter: TokenMeter
+    steps: FiniteSteps
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         self.count_tokens(inputs)
-        return super().training_step(model, inputs, *args, **kwargs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.steps.saw(inputs, loss)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.steps.check(self, norm)
+        return norm
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        require_checkpoint_space(self, Path(str(self.args.output_dir)))
+        super()._save_checkpoint(*args, **kwargs)
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """Each source's held-out rows on their own (eval_SOURCE_loss), and the mean over all rows (eval_loss)."""
+        parts: Any = self.eval_dataset
+        if eval_dataset is not None or not isinstance(parts, dict):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        found: dict[str, Any] = {}
+        loss, rows = 0.0, sum(map(len, parts.values()))
+        for name, part in parts.items():
+            prefix, part_name = f"{metric_key_prefix}_{name}", cast(Any, name)  # transformers takes a name, untyped
+            found |= super().evaluate(part_name, ignore_keys, prefix)
+            loss += found[f"{prefix}_loss"] * len(part) / rows
+        together = {f"{metric_key_prefix}_loss": loss}
+        self.log(dict(together))
+        return found | together
 
     def count_tokens(self, inputs: dict[str, Any]) -> None:
         """Meter a batch before its step; what it holds depends on the method."""
@@ -87,6 +116,7 @@ class MeteredTrainer(Trainer):
 def common_arguments(recipe: Recipe, run: RunDir) -> dict[str, Any]:
     """Keyword arguments for TRL's config classes: the recipe's over our defaults, and what a run decides itself."""
     on_gpu = torch.cuda.is_available()
+    saved = recipe.trainer_arguments.get("save_steps", 100)
     return {
         "logging_steps": 10,
         "save_strategy": "steps",
@@ -94,9 +124,12 @@ def common_arguments(recipe: Recipe, run: RunDir) -> dict[str, Any]:
         "save_total_limit": 2,
         "report_to": "none",
         "seed": recipe.data.seed,
+        "per_device_eval_batch_size": recipe.trainer.per_device_train_batch_size,
+        **({"eval_strategy": "steps", "eval_steps": saved} if recipe.data.validation else {}),
         **recipe.trainer_arguments,
         "output_dir": str(run.checkpoints),
         "disable_tqdm": True,
+        "logging_nan_inf_filter": False,  # FiniteSteps looks at every step; the filter would hide one in the log
         "use_cpu": not on_gpu,
         "bf16": recipe.model.dtype == "bfloat16" or (recipe.model.dtype == "auto" and on_gpu),
     }
@@ -105,9 +138,11 @@ def common_arguments(recipe: Recipe, run: RunDir) -> dict[str, Any]:
 def run_training(trainer: Any, recipe: Recipe, run: RunDir) -> None:
     """Train to the end, going on from the last whole checkpoint if there is one."""
     trainer.meter = TokenMeter()
+    trainer.steps = FiniteSteps(run, trainer.processing_class)
+    _log_into(run)
     bar = ProgressBar(recipe.stage, trainer.meter)
     trainer.remove_callback(PrinterCallback)
-    for callback in (MetricsFile(run.metrics, trainer.meter), FiniteLoss(), bar):
+    for callback in (MetricsFile(run.metrics, trainer.meter), EarlyWarnings(run), bar):
         trainer.add_callback(callback)
     if recipe.adapter is not None:
         trainer.add_callback(AdapterAudit())
@@ -116,6 +151,12 @@ def run_training(trainer: Any, recipe: Recipe, run: RunDir) -> None:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     finally:
         bar.close()
+
+
+def _log_into(run: RunDir) -> None:
+    """What trainer.report_to writes on this machine lies in the run's directory, unless the user says otherwise."""
+    for name in ("TENSORBOARD_LOGGING_DIR", "WANDB_DIR", "TRACKIO_DIR"):
+        os.environ.setdefault(name, str(run.logs))
 
 
 def last_whole_checkpoint(checkpoints: Path) -> Path | None:

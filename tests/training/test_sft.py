@@ -2,15 +2,19 @@
 
 import copy
 import json
+from itertools import accumulate, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from hymba_tune import run_dir
 from hymba_tune.errors import UserError
 from hymba_tune.model import HymbaForCausalLM
 from hymba_tune.model.adapter import attach_adapter, load_adapter, merge_adapter
@@ -23,11 +27,15 @@ from tests.training.conftest import make_recipe
 # float32 sums over a step in another order.
 LOSS_TOLERANCE = 2e-6
 
+TIMING = ("seconds", "tokens_per_second", "memory_gib")
+"""What of a line depends on the machine and the moment."""
+
 
 def train(model: Any, tokenizer: Any, rows: Dataset, folder: Path, **trainer: object) -> Any:
     adapter = trainer.pop("adapter", None)
+    validation: Any = trainer.pop("validation", None)
     recipe = make_recipe(adapter, **trainer)  # type: ignore[arg-type]
-    return train_sft(recipe, model, tokenizer, rows, None, RunDir(folder))
+    return train_sft(recipe, model, tokenizer, rows, validation, RunDir(folder))
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -35,7 +43,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def timeless(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
 
 
 def test_the_loss_falls_and_every_logging_step_is_a_line(
@@ -47,7 +55,7 @@ def test_the_loss_falls_and_every_logging_step_is_a_line(
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
     assert lines[-1]["tokens"] == sum(len(row["input_ids"]) for row in rows)
     assert lines[-1]["supervised_tokens"] == sum(label != -100 for row in rows for label in row["labels"])
-    assert {"learning_rate", "grad_norm", "tokens_per_second", "seconds", "epoch"} <= set(lines[0])
+    assert {"learning_rate", "grad_norm", "supervised_share", "epoch", *TIMING} <= set(lines[0])
 
 
 def test_the_loss_of_packed_rows_is_that_of_their_documents_alone(
@@ -156,8 +164,92 @@ def test_a_loss_that_is_no_number_stops_the_run(
 ) -> None:
     with torch.no_grad():
         model.model.final_layernorm.weight.fill_(torch.nan)
-    with pytest.raises(UserError, match=r"loss is nan at step 2"):
-        train(model, tokenizer, rows, tmp_path, logging_nan_inf_filter=False)
+    with pytest.raises(UserError, match=r"loss is nan, .* at step 1; .* bad-batch-0|bad-batch-0\.json"):
+        train(model, tokenizer, rows, tmp_path)
+    kept = json.loads((tmp_path / "bad-batch-0.json").read_text())
+    shown = [row["input_ids"] for row in kept["rows"]]
+    documents = [ids for row in rows for ids in _split(row)]
+    assert shown
+    assert all(ids in documents for ids in shown)
+    assert kept["rows"][0]["text"] == tokenizer.decode(shown[0])
+    assert kept["rows"][0]["labels"][:2] == [None, None]
+
+
+def _split(row: dict[str, Any]) -> list[list[int]]:
+    ends = list(accumulate(row["seq_lengths"]))
+    return [row["input_ids"][start:end] for start, end in pairwise([0, *ends])]
+
+
+class Spoil(TrainerCallback):
+    """Makes the weights no number before a step that is not logged."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 4:
+            with torch.no_grad():
+                kwargs["model"].model.final_layernorm.weight.fill_(torch.inf)
+
+
+def test_the_step_itself_stops_the_run_and_the_checkpoint_before_it_stays(
+    model: HymbaForCausalLM, tokenizer: Any, rows: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sft, "HymbaSFTTrainer", _with(Spoil()))
+    with pytest.raises(UserError, match=r"at step 5; the last good checkpoint"):
+        train(model, tokenizer, rows, tmp_path)
+    kept = last_whole_checkpoint(tmp_path / "checkpoints")
+    assert kept is not None
+    assert kept.name == "checkpoint-4"
+    weights = load_file(kept / "model.safetensors")
+    assert all(bool(torch.isfinite(value).all()) for value in weights.values())
+
+
+def test_a_disk_without_room_stops_the_run_before_a_checkpoint_is_begun(
+    model: HymbaForCausalLM, tokenizer: Any, rows: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = iter([10**12, 10**3])
+    monkeypatch.setattr(run_dir.shutil, "disk_usage", lambda path: SimpleNamespace(free=next(free)))
+    with pytest.raises(UserError, match=r"the next checkpoint needs .* free"):
+        train(model, tokenizer, rows, tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-4"]
+
+
+def test_held_out_sources_are_lines_of_their_own_and_the_best_checkpoint_survives_a_cut(
+    model: HymbaForCausalLM, tokenizer: Any, rows: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = {"counting": rows.select(range(3)), "more": rows.select(range(3, 4))}
+    settings: dict[str, Any] = {
+        "validation": held, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2,
+        "load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True, "save_total_limit": 1,
+    }  # fmt: skip
+    whole = train(copy.deepcopy(model), tokenizer, rows, tmp_path / "whole", **settings)
+    for cut in (3, 9):
+        monkeypatch.setattr(sft, "HymbaSFTTrainer", _with(Cut(cut)))
+        with pytest.raises(KeyboardInterrupt):
+            train(copy.deepcopy(model), tokenizer, rows, tmp_path / "cut", **settings)
+    monkeypatch.undo()
+    resumed = train(copy.deepcopy(model), tokenizer, rows, tmp_path / "cut", **settings)
+    lines = timeless(metrics(tmp_path / "whole"))
+    assert timeless(metrics(tmp_path / "cut")) == lines
+    evaluated = [line for line in lines if "eval_loss" in line]
+    assert [line["step"] for line in evaluated] == [2, 4, 6, 8, 10, 12]
+    assert evaluated[0]["sources"].keys() == {"counting", "more"}
+    mean = (3 * evaluated[0]["sources"]["counting"] + evaluated[0]["sources"]["more"]) / 4
+    assert evaluated[0]["eval_loss"] == pytest.approx(mean)
+    best = max(evaluated, key=lambda line: line["eval_loss"])["step"]
+    assert best < 12, "the highest loss is not the last one"
+    assert (tmp_path / "cut" / "checkpoints" / f"checkpoint-{best}").exists()
+    saved = load_file(tmp_path / "cut" / "checkpoints" / f"checkpoint-{best}" / "model.safetensors")
+    for (name, expected), (_, got) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
+        assert torch.equal(expected, got), name
+        assert torch.equal(saved[name], got), name
+
+
+def test_a_learning_rate_of_zero_is_said_once(
+    model: HymbaForCausalLM, tokenizer: Any, rows: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(model, tokenizer, rows, tmp_path, learning_rate=0.0)
+    (warning,) = json.loads((tmp_path / "warnings.json").read_text())
+    assert warning == {"stage_step": "training", "message": "the learning rate is 0 at step 2: nothing is learned"}
+    assert capsys.readouterr().err.count("the learning rate is 0") == 1
 
 
 def test_only_the_adapter_learns_and_it_survives_saving(
