@@ -218,7 +218,8 @@ def test_held_out_sources_are_lines_of_their_own_and_the_best_checkpoint_survive
     held = {"counting": rows.select(range(3)), "more": rows.select(range(3, 4))}
     settings: dict[str, Any] = {
         "validation": held, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2,
-        "load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True, "save_total_limit": 1,
+        "load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True,
+        "save_total_limit": 1,
     }  # fmt: skip
     whole = train(copy.deepcopy(model), tokenizer, rows, tmp_path / "whole", **settings)
     for cut in (3, 9):
