@@ -317,9 +317,9 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[Location, str]]:
 
 def _validation_problems(options: dict[str, Any], data: DataSection) -> Iterator[tuple[Location, str]]:
     """Held-out losses need held-out rows; and what is measured after a checkpoint is lost with a kill in between."""
-    strategy = str(options.get("eval_strategy", "no"))
+    strategy = options.get("eval_strategy")
     wants = [key for key in ("load_best_model_at_end", "eval_on_start") if options.get(key)]
-    wants += ["eval_strategy"] if strategy != "no" else []
+    wants += ["eval_strategy"] if strategy in ("steps", "epoch") else []
     if data.validation is None:
         yield from ((("trainer", key), "needs held-out rows; set data.validation") for key in wants)
     if strategy == "epoch" and options.get("save_strategy") != "epoch":
