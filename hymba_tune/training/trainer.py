@@ -25,6 +25,9 @@ from hymba_tune.training.guards import FiniteSteps, require_checkpoint_space
 # Decay pulls towards zero: wrong for decay rates, skips, norms, biases and the learned meta tokens.
 _NOT_DECAYED = re.compile(r"(A_log|(^|\.)D\.\d|norm|bias|memory_tokens|lora_magnitude)")
 
+# Where trackers write on this machine, but for those that the user has set; read when a trainer is made.
+_LOG_FOLDERS = {"TENSORBOARD_LOGGING_DIR", "WANDB_DIR", "TRACKIO_DIR"} - os.environ.keys()
+
 _uses_triton = trl.trainer.utils._use_triton
 
 
@@ -115,6 +118,7 @@ class MeteredTrainer(Trainer):
 
 def common_arguments(recipe: Recipe, run: RunDir) -> dict[str, Any]:
     """Keyword arguments for TRL's config classes: the recipe's over our defaults, and what a run decides itself."""
+    _log_into(run)
     on_gpu = torch.cuda.is_available()
     saved = recipe.trainer_arguments.get("save_steps", 100)
     return {
@@ -139,7 +143,6 @@ def run_training(trainer: Any, recipe: Recipe, run: RunDir) -> None:
     """Train to the end, going on from the last whole checkpoint if there is one."""
     trainer.meter = TokenMeter()
     trainer.steps = FiniteSteps(run, trainer.processing_class)
-    _log_into(run)
     bar = ProgressBar(recipe.stage, trainer.meter)
     trainer.remove_callback(PrinterCallback)
     for callback in (MetricsFile(run.metrics, trainer.meter), EarlyWarnings(run), bar):
@@ -155,8 +158,7 @@ def run_training(trainer: Any, recipe: Recipe, run: RunDir) -> None:
 
 def _log_into(run: RunDir) -> None:
     """What trainer.report_to writes on this machine lies in the run's directory, unless the user says otherwise."""
-    for name in ("TENSORBOARD_LOGGING_DIR", "WANDB_DIR", "TRACKIO_DIR"):
-        os.environ.setdefault(name, str(run.logs))
+    os.environ.update(dict.fromkeys(_LOG_FOLDERS, str(run.logs)))
 
 
 def last_whole_checkpoint(checkpoints: Path) -> Path | None:
