@@ -134,7 +134,7 @@ def report(
     """Write the report of runs anew, from their files; several are compared, each with the first."""
     from hymba_tune.report.compare import compare, write_comparison
     from hymba_tune.report.pipeline import is_pipeline
-    from hymba_tune.report.render import write_report
+    from hymba_tune.report.render import rebuild
     from hymba_tune.run_dir import RunDir
 
     for run in runs:
@@ -143,7 +143,7 @@ def report(
     if html is not None and len(runs) < 2:
         raise UserError("--html writes a comparison: give two runs or more; a run's own page is its report.html")
     for run in runs:
-        print(write_report(run))
+        print(rebuild(run))
     if len(runs) > 1:
         compare(runs)
     if html is not None:

@@ -52,6 +52,9 @@ def test_stages_run_in_the_order_of_their_arrows_and_only_once(file: Path) -> No
     runs = run_pipeline(pipeline)
     assert [run.path.name for run in runs] == ["first", "second", "third"]
     assert runs[2].model.exists()
+    report = json.loads((file.parent / "runs" / "results.json").read_text())
+    assert [stage["stage"] for stage in report["stages"]] == report["planned"] == ["first", "second", "third"]
+    assert (file.parent / "runs" / "report.html").exists()
     written = started(runs)
     assert started(run_pipeline(load_pipeline(file))) == written
 

@@ -48,6 +48,14 @@ def write_report(path: str | Path) -> Path:
     return run.write_text(run.report, render_markdown(results, kind))
 
 
+def rebuild(path: str | Path) -> Path:
+    """write_report, and before it that of each stage of a pipeline's folder."""
+    if is_pipeline(path):
+        for stage in collect_pipeline(path)["stages"]:
+            write_report(Path(path) / stage["stage"])
+    return write_report(path)
+
+
 def render_markdown(results: dict[str, Any], kind: Literal["stage", "pipeline"] = "stage") -> str:
     """The report of `collect`'s results, or of `collect_pipeline`'s."""
     environment = jinja2.Environment(

@@ -1,8 +1,14 @@
-"""A headless Chromium for the tests of pages, and what they measure in it. Tests skip where there is none."""
+"""A headless Chromium for the tests of pages, and what they measure in it. Tests skip where there is none.
 
+python -m tests.report.browser runs/pipeline-tiny/report.html docs/report.png      the picture in the README
+"""
+
+import argparse
+import base64
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,3 +79,28 @@ def violations(browser: Any) -> list[str]:
     found = browser.execute_async_script("const done = arguments[0]; axe.run().then(done)")
     assert {"color-contrast", "html-has-lang"} <= {rule["id"] for rule in found["passes"] + found["violations"]}
     return [f"{one['id']}: {json.dumps([node['target'] for node in one['nodes']][:3])}" for one in found["violations"]]
+
+
+def screenshot(browser: Any, file: Path, height: int) -> None:
+    """A PNG of the open page, from its top."""
+    width = browser.execute_script("return document.documentElement.clientWidth")
+    clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
+    asked = {"format": "png", "captureBeyondViewport": True, "clip": clip}
+    file.write_bytes(base64.b64decode(browser.execute_cdp_cmd("Page.captureScreenshot", asked)["data"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.report.browser", description="A picture of a page.")
+    parser.add_argument("page", type=Path)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--size", choices=SIZES, default="desktop")
+    parser.add_argument("--dark", action="store_true")
+    parser.add_argument("--height", type=int, default=1400)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as profile, chromium(Path(profile)) as browser:
+        open_page(browser, given.page, given.size, given.dark)
+        screenshot(browser, given.file, given.height)
+
+
+if __name__ == "__main__":
+    main()

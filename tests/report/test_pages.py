@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.report_size import make_pipeline
+from hymba_tune.errors import UserError
 from hymba_tune.report.compare import compare, write_comparison
-from hymba_tune.report.render import write_report
+from hymba_tune.report.render import rebuild, write_report
 
 
 class Tags(HTMLParser):
@@ -101,6 +102,19 @@ def test_runs_are_compared_with_the_first(pipeline: Path, tmp_path: Path, capsys
     assert "trainer.learning_rate: 0.002 -> 0.001" in shown
     page = write_comparison([pipeline / "sft1", pipeline / "sft2"], tmp_path / "comparison.html").read_text()
     assert "Settings that differ from sft1" in page
+
+
+def test_a_pipeline_is_rebuilt_with_its_stages_from_files_alone(pipeline: Path) -> None:
+    (pipeline / "pipeline.json").unlink()
+    rebuild(pipeline)
+    assert (pipeline / "sft2" / "report.html").exists()
+    assert json.loads((pipeline / "results.json").read_text())["planned"] == ["sft1", "sft2"]
+
+
+def test_a_broken_recipe_is_named(pipeline: Path) -> None:
+    (pipeline / "sft2" / "recipe.yaml").write_text("stage: [")
+    with pytest.raises(UserError, match=r"recipe\.yaml: not valid YAML"):
+        rebuild(pipeline)
 
 
 def test_the_same_results_give_the_same_page(finished: Path) -> None:
