@@ -108,7 +108,11 @@ def evaluate(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A checkpoint, adapter or run folder, hub id, or tiny.")
     ],
-    tasks: Annotated[list[str], typer.Argument(metavar="TASK", help="As in eval.suites: gsm8k tiny_math")],
+    tasks: Annotated[list[str] | None, typer.Argument(metavar="TASK", help="The same as --suite TASK.")] = None,
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(help="paper, rolebench, tiny; a task: gsm8k; a file: FILE.jsonl:SCORER, FILE.yaml. Repeatable."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="The first so many items of each task.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder with benchmark files, where there is no hub.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer.")] = None,
@@ -120,8 +124,11 @@ def evaluate(
     check_hub({"MODEL": model})
     from hymba_tune.evaluate import evaluate
 
+    wanted = [*(suite or ()), *(tasks or ())]
+    if not wanted:
+        raise UserError("eval: nothing to score; add --suite paper, or another suite, task or file")
     folder = out or Path("runs/eval") / Path(model).name
-    evaluate(model, tasks, folder, limit=limit, data=data, max_new_tokens=max_new_tokens)
+    evaluate(model, wanted, folder, limit=limit, data=data, max_new_tokens=max_new_tokens)
 
 
 @app.command()

@@ -13,7 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from hymba_tune.data.chat import load_tokenizer
-from hymba_tune.evaluation.catalogue import task_names
+from hymba_tune.evaluation.catalogue import find_tasks
 from hymba_tune.evaluation.suite import run_suite
 from hymba_tune.weights import find_weights, load_weights
 
@@ -25,7 +25,7 @@ def evaluate(
 
     Raises UserError for unknown tasks or unusable weights; nothing is written then.
     """
-    names = task_names(tasks)
+    names = find_tasks(tasks)
     weights = find_weights(name)
     tokenizer = load_tokenizer(weights.source)
     model = load_weights(weights, "cuda" if torch.cuda.is_available() else "cpu").eval()

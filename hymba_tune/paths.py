@@ -41,3 +41,11 @@ def find(name: str, folders: Iterable[Path]) -> Path | None:
 def is_hub_id(text: str) -> bool:
     """Whether a text has the form owner/name."""
     return _HUB_ID.match(text) is not None
+
+
+def task_file(text: str) -> tuple[str, str] | None:
+    """A user's own task as (file, scorer): FILE.jsonl:SCORER, or FILE.yaml with ""; None for a plain name."""
+    file, colon, scorer = text.rpartition(":")
+    if colon and file.endswith(".jsonl"):
+        return file, scorer
+    return (text, "") if text.endswith((".jsonl", ".yaml", ".yml")) else None

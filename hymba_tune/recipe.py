@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from hymba_tune.errors import UserError
 from hymba_tune.geometry import CONFIG, LEFTOVERS
 from hymba_tune.layers import Origin, Settings, assignment, overlay, read_chain, section
-from hymba_tune.paths import expand, find, is_hub_id
+from hymba_tune.paths import expand, find, is_hub_id, task_file
 from hymba_tune.trainer_keys import fields as trainer_fields
 from hymba_tune.trainer_keys import problem, unknown_key
 from hymba_tune.yaml_reader import Location, read_yaml
@@ -101,7 +101,11 @@ class LaunchSection(_Section):
 
 
 class EvalSection(_Section):
-    """What is measured before and after the stage. `data`: the folder with benchmark files, where there is no hub."""
+    """What is measured before and after the stage.
+
+    `suites` name suites, tasks and files of one's own (FILE.jsonl:SCORER, an lm-eval FILE.yaml); `data`: the folder
+    with benchmark files, where there is no hub.
+    """
 
     suites: list[str] = []
     limit: PositiveInt | None = None
@@ -215,6 +219,10 @@ def _with_paths(settings: Settings) -> Settings:
         part = values.get(name)
         if isinstance(part, dict) and isinstance(part.get(key), str):
             part[key] = str(resolve(part[key], settings.origin((name, key)), f"{name}.{key}"))
+    evaluation = values.get("eval")
+    if isinstance(evaluation, dict) and isinstance(evaluation.get("suites"), list):
+        origin = settings.origin(("eval", "suites"))
+        evaluation["suites"] = [_suite(text, origin) for text in evaluation["suites"]]
     output = values.setdefault("output", {})
     if isinstance(output, dict):
         output.setdefault("dir", OutputSection().dir)
@@ -231,6 +239,15 @@ def _existing(text: str, origin: Origin, field: str) -> Path:
             f"{origin.text}: {field}: no file or folder {text}; looked in {origin.folder} and the working directory"
         )
     return found
+
+
+def _suite(text: Any, origin: Origin) -> Any:
+    """A suite's name as it is; the file of a task of one's own as an absolute path."""
+    own = task_file(text) if isinstance(text, str) else None
+    if own is None:
+        return text
+    file, scorer = own
+    return str(_existing(file, origin, "eval.suites")) + (f":{scorer}" if scorer else "")
 
 
 def _mix(text: str, origin: Origin, field: str) -> Path:

@@ -55,11 +55,11 @@ def run_stage(recipe: Recipe, earlier: Literal["refuse", "rerun", "anew"] = "ref
     Raises:
         UserError: the recipe, its data or its weights can't be used, or the directory holds another run or is in use.
     """
-    from hymba_tune.evaluation.catalogue import task_names
+    from hymba_tune.evaluation.catalogue import find_tasks
     from hymba_tune.model import ops
     from hymba_tune.report.render import write_report
 
-    task_names(recipe.eval.suites)
+    find_tasks(recipe.eval.suites)
     run = RunDir(recipe.output.dir)
     fresh = not run.path.exists()
     with run.locked():

@@ -7,11 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from hymba_tune.errors import UserError
-from hymba_tune.evaluation import bfcl, embedded, gpqa, gsm8k, ifeval, mmlu, multiple_choice, rolebench
+from hymba_tune.evaluation import (
+    bfcl,
+    embedded,
+    gpqa,
+    gsm8k,
+    ifeval,
+    mmlu,
+    multiple_choice,
+    own_items,
+    own_lm_eval,
+    rolebench,
+    scorers,
+)
 from hymba_tune.evaluation.bfcl_questions import bfcl_rows
 from hymba_tune.evaluation.engine import Engine
 from hymba_tune.evaluation.harness import require_lm_eval
 from hymba_tune.evaluation.results import Scores
+from hymba_tune.paths import task_file
 
 Data = str | Path | None
 
@@ -49,7 +62,7 @@ def _with_lm_eval(read: Callable[[Data], Any]) -> Callable[[Data], Any]:
 
 def _embedded(name: str) -> Task:
     protocol = f"{name}: {embedded.ITEMS} embedded held-out items, exact match v1"
-    return Task(protocol, embedded.METRIC, lambda data: embedded.held_out_items(name), embedded.run_embedded)
+    return Task(protocol, scorers.METRIC, lambda data: embedded.held_out_items(name), embedded.run_embedded)
 
 
 TASKS: dict[str, Task] = {
@@ -82,20 +95,55 @@ TASKS: dict[str, Task] = {
 
 SUITES: dict[str, tuple[str, ...]] = {
     "paper": ("mmlu", "ifeval", "gsm8k", "gpqa", "bfcl_v2"),
-    "roleplay": ("rolebench_instruction", "rolebench_role"),
+    "rolebench": ("rolebench_instruction", "rolebench_role"),
     "tiny": embedded.TASKS,
 }
-"""`paper` is what table 4 of the paper reports, `roleplay` its table of RoleBench."""
+"""`paper` is what table 4 of the paper reports, `rolebench` its table 5."""
 
 
-def task_names(names: Sequence[str]) -> list[str]:
-    """Names of tasks and suites -> names of tasks, each once.
+def find_tasks(names: Sequence[str]) -> dict[str, Task]:
+    """Names of tasks, suites and files of one's own -> tasks by name, each once.
 
-    Raises UserError for a name that is neither.
+    A file is FILE.jsonl:SCORER (own_items.py) or an lm-eval task FILE.yaml (own_lm_eval.py); its stem is its name.
+
+    Raises UserError for a name that is none of these, and for a file that cannot be used.
     """
-    tasks: dict[str, None] = {}
+    tasks: dict[str, Task] = {}
     for name in names:
-        if name not in TASKS and name not in SUITES:
-            raise UserError(f"eval.suites: no suite or task {name}; there are {', '.join([*SUITES, *TASKS])}")
-        tasks |= dict.fromkeys(SUITES.get(name, (name,)))
-    return list(tasks)
+        file = task_file(name)
+        if file is not None:
+            own_name, task = _own_task(name, *file)
+            if own_name in TASKS or own_name in tasks:
+                raise UserError(f"eval.suites: {name}: there is a task {own_name} already; rename the file")
+            tasks[own_name] = task
+        elif name in TASKS or name in SUITES:
+            tasks |= {task_name: TASKS[task_name] for task_name in SUITES.get(name, (name,))}
+        else:
+            raise UserError(
+                f"eval.suites: no suite or task {name}; there are {', '.join([*SUITES, *TASKS])}, and files of your "
+                "own: FILE.jsonl:SCORER, or an lm-eval task FILE.yaml"
+            )
+    return tasks
+
+
+def _own_task(name: str, file: str, scorer: str) -> tuple[str, Task]:
+    path = Path(file)
+    if path.suffix == ".jsonl" and scorer not in scorers.SCORERS:
+        raise UserError(
+            f"eval.suites: {name}: {f'no scorer {scorer}' if scorer else 'needs a scorer'}; write {file}:SCORER with "
+            f"one of {', '.join(scorers.SCORERS)}"
+        )
+    if not path.is_file():
+        raise UserError(f"eval.suites: no file {path}; check the path")
+    if scorer:
+        rows = own_items.own_rows(path, scorer)
+        protocol = f"{path.name}, scorer {scorer}, 0-shot chat, greedy, {own_items.MAX_NEW_TOKENS} new tokens v1"
+        run = partial(own_items.run_own_items, scorer)
+        return path.stem, Task(protocol, own_items.HEADLINES[scorer], lambda data: rows, run)
+    config = own_lm_eval.own_config(path)
+    return path.stem, Task(
+        f"{path.name}, an lm-eval task, greedy v1",
+        own_lm_eval.headline(config),
+        _with_lm_eval(lambda data: own_lm_eval.own_lm_eval_rows(path, config)),
+        partial(own_lm_eval.run_own_lm_eval, path.stem),
+    )

@@ -29,7 +29,8 @@ GLOBAL_SEED = 0
 class Sample:
     """One document as lm-eval asked and judged it.
 
-    filtered and scores: by filter name; responses: raw, one a request (text, or (log-likelihood, is greedy)).
+    filtered and scores: by filter name; responses: raw, one a request (text, or (log-likelihood, is greedy));
+    continuations: what the likelihoods are of; target: the reference as lm-eval logs it.
     """
 
     doc_id: int
@@ -37,6 +38,8 @@ class Sample:
     prompt_sha256: str
     question: str
     responses: list[Any]
+    continuations: list[str]
+    target: Any
     dropped_prompt_tokens: int = 0
     finish_reason: str | None = None
     filtered: dict[str, Any] = field(default_factory=dict)
@@ -128,6 +131,8 @@ def _samples(logged: Sequence[dict[str, Any]], task: Any, model: Any) -> Iterato
                 prompt_sha256=prompt_fingerprint(model.tok_encode(context)),
                 question=str(task.doc_to_text(entry["doc"])).strip(),
                 responses=[response for responses in entry["resps"] for response in responses],
+                continuations=[arguments[1] for arguments in entry["arguments"] if isinstance(arguments[1], str)],
+                target=entry["target"],
                 dropped_prompt_tokens=answer.dropped_prompt_tokens if answer else 0,
                 finish_reason=answer.finish_reason if answer else None,
             ),

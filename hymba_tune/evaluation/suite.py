@@ -12,7 +12,7 @@ from typing import Any
 
 from hymba_tune.data.benchmarks import BenchmarkNotFound
 from hymba_tune.evaluation.cache import AnswerCache, text_fingerprint
-from hymba_tune.evaluation.catalogue import TASKS, Task, task_names
+from hymba_tune.evaluation.catalogue import Task, find_tasks
 from hymba_tune.evaluation.engine import Engine
 from hymba_tune.evaluation.harness import LmEvalNotInstalled
 from hymba_tune.evaluation.results import finished_result, not_run_result, read_result, write_result
@@ -35,7 +35,7 @@ def run_suite(
     max_new_tokens: int | None = None,
     progress: TaskProgress | None = None,
 ) -> list[Result]:
-    """The results of tasks (or of suites of tasks), in order, also written to `out_dir`/TASK.json.
+    """The results of tasks (tasks, suites, files: catalogue.find_tasks), in order, also written to `out_dir`/TASK.json.
 
     Args:
         limit: the first so many items of each task (of each category or part where it has some; MMLU: of its subjects
@@ -46,11 +46,11 @@ def run_suite(
 
     Raises UserError for an unknown task or broken data. Data that is not there makes a result that says so.
     """
-    names, out_dir = task_names(tasks), Path(out_dir)
+    found, out_dir = find_tasks(tasks), Path(out_dir)
     cache = AnswerCache(out_dir / "answers.jsonl")
     try:
         engine = Engine(model, tokenizer, cache, batch_tokens, max_new_tokens)
-        return [_run_or_reuse(engine, name, out_dir / f"{name}.json", limit, data, progress) for name in names]
+        return [_run_or_reuse(engine, name, task, out_dir, limit, data, progress) for name, task in found.items()]
     finally:
         cache.close()
 
@@ -58,12 +58,13 @@ def run_suite(
 def _run_or_reuse(
     engine: Engine,
     name: str,
-    path: Path,
+    task: Task,
+    out_dir: Path,
     limit: int | None,
     data: str | Path | None,
     progress: TaskProgress | None,
 ) -> Result:
-    task = TASKS[name]
+    path = out_dir / f"{name}.json"
     settings = engine.settings() | {"limit": limit}
     try:
         rows = task.rows(data)

@@ -9,7 +9,7 @@ import pytest
 
 from hymba_tune.errors import UserError
 from hymba_tune.evaluation import suite
-from hymba_tune.evaluation.catalogue import SUITES, TASKS, Task, task_names
+from hymba_tune.evaluation.catalogue import SUITES, TASKS, Task, find_tasks
 from hymba_tune.evaluation.chat_task import ChatItem, Verdict, run_chat_task
 from hymba_tune.evaluation.engine import Engine
 from hymba_tune.evaluation.gsm8k import gsm8k_splits, run_gsm8k
@@ -149,7 +149,7 @@ def test_an_unknown_task_is_refused(tiny_hymba, character_tokenizer, tmp_path):
 
 
 def test_suites_and_tasks_mix_and_every_task_comes_once():
-    assert task_names(["gsm8k", "paper", "mmlu"]) == ["gsm8k", "mmlu", "ifeval", "gpqa", "bfcl_v2"]
+    assert list(find_tasks(["gsm8k", "paper", "mmlu"])) == ["gsm8k", "mmlu", "ifeval", "gpqa", "bfcl_v2"]
     assert all(name in TASKS for suite_tasks in SUITES.values() for name in suite_tasks)
 
 
