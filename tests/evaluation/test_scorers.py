@@ -7,7 +7,6 @@ import pytest
 
 from hymba_tune.evaluation.scorers import LONGEST, SCORERS, target_fault
 
-
 CALLS = [{"name": "f", "arguments": {"a": 1}}]
 
 
