@@ -170,11 +170,12 @@ def _item(name: str, sample: Sample) -> Config:
         for metric, value in found.items()
     }
     right = next(iter(scores.values())) > 0
+    extracted: Any
     if sample.continuations:
         answer, extracted = likeliest(sample.continuations, sample.responses)
         why = why_choice(extracted, right)
     else:
-        answer, extracted = sample.responses[0], dict(sample.filtered)
+        answer, extracted = sample.responses[0], {name: found[0] for name, found in sample.filtered.items()}
         why = "right" if right else "not the target"
     return {
         "id": f"{name}/{sample.doc_id}",

@@ -178,7 +178,7 @@ def test_an_lm_eval_task_is_run_as_lm_eval_runs_it(tiny_llama, character_tokeniz
                 assert item["answer"] == responses[0]
             else:
                 logprobs = [float(pair[0]) for pair in responses]
-                assert item["extracted"] == [" red", " blue"][logprobs.index(max(logprobs))]
+                assert item["extracted"] == ["red", "blue"][logprobs.index(max(logprobs))]
 
 
 def test_a_limit_takes_the_first_rows(tiny_llama, character_tokenizer, folder, tmp_path):
