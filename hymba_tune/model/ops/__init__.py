@@ -31,12 +31,16 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 OPS = ("selective_scan", "causal_conv1d", "segment_attention")
-BACKENDS = ("auto", "reference", "cpu")
+BACKENDS = ("auto", "reference", "cpu", "triton")
 ENVIRONMENT_VARIABLE = "HYMBA_TUNE_BACKEND"
 
 # A backend is a module with the operations as functions, DEVICES that it runs on, and `available(op) -> (ok, reason)`.
-_MODULES = {"cpu": "hymba_tune.model.ops.cpu", "reference": "hymba_tune.model.ops.reference"}
-_PREFERENCE = {"cpu": ("cpu",)}
+_MODULES = {
+    "triton": "hymba_tune.model.ops.gpu",
+    "cpu": "hymba_tune.model.ops.cpu",
+    "reference": "hymba_tune.model.ops.reference",
+}
+_PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton",)}
 
 
 class OpChoice(NamedTuple):
@@ -158,7 +162,7 @@ def _backend(op: str, device: str) -> ModuleType:
 
 @functools.cache
 def _automatic(op: str, device: str) -> ModuleType:
-    for name in _PREFERENCE.get(device, ("reference",)):
+    for name in (*_PREFERENCE.get(device, ()), "reference"):
         ok, reason = _load(name).available(op)
         if ok:
             logger.info("%s on %s: backend %s (%s)", op, device, name, reason)

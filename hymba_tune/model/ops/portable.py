@@ -1,5 +1,7 @@
 """Scan and conv in torch alone, for CPUs without a compiler: slower than the kernels, far faster than a plain loop.
 
+The conv also serves GPUs: it is one convolution over all segments.
+
 The scan is an autograd function that keeps every CHUNK-th state and recomputes the others, so that autograd records
 nothing inside the recurrence. Signatures and shapes: reference.py; here L steps of S padded segments at once.
 """
@@ -51,18 +53,20 @@ def causal_conv1d(
     segments, tokens = len(cu_seqlens) - 1, len(x)
     shape = (segments, channels, taps)
     initial = x.new_zeros(shape) if initial_state is None else initial_state.expand(shape)
-    position, segment = torch.arange(tokens), torch.arange(segments)
+    device = x.device
+    cu_seqlens = cu_seqlens.to(device)
+    position, segment, tap = (torch.arange(n, device=device) for n in (tokens, segments, taps))
     # Segment s starts at cu_seqlens[s] + s * taps of the history, its tokens `taps` later.
     starts = cu_seqlens[:-1] + segment * taps
     slots = position + (torch.bucketize(position, cu_seqlens[1:], right=True) + 1) * taps
-    before = (starts.unsqueeze(1) + torch.arange(taps)).flatten()
+    before = (starts.unsqueeze(1) + tap).flatten()
     history = x.new_empty(tokens + segments * taps, channels, dtype=dtype)
     history = history.index_copy(0, slots, x.to(dtype)).index_copy(
         0, before, initial.to(dtype).transpose(1, 2).flatten(0, 1)
     )
     padded = F.pad(history.t(), (taps - 1, 0))
     y = F.conv1d(padded, weight.to(dtype).unsqueeze(1), bias.to(dtype), groups=channels).t()[slots]
-    last = (cu_seqlens[1:] + segment * taps).unsqueeze(1) + torch.arange(taps)
+    last = (cu_seqlens[1:] + segment * taps).unsqueeze(1) + tap
     return F.silu(y).to(x.dtype), history[last].transpose(1, 2).to(x.dtype)
 
 

@@ -46,7 +46,7 @@ def test_a_named_backend_that_cannot_run_raises() -> None:
 
 
 def test_an_unknown_backend_is_refused() -> None:
-    with pytest.raises(UserError, match="'cuda' is no backend; choose one of auto, reference, cpu"):
+    with pytest.raises(UserError, match="'cuda' is no backend; choose one of auto, reference, cpu, triton"):
         ops.use_backend("cuda")
 
 
@@ -63,3 +63,11 @@ def test_every_backend_explains_itself_for_every_operation() -> None:
     }
     assert all(choice.reason for choice in choices)
     assert all(choice.available for choice in choices if choice.backend in ("cpu", "reference"))
+
+
+def test_triton_is_named_only_where_it_can_run() -> None:
+    ok, reason = next(choice[2:] for choice in ops.explain() if choice.backend == "triton")
+    if not ok:
+        with ops.use_backend("triton"), pytest.raises(UserError, match=r"model\.backend: triton can't run"):
+            convolve()
+    assert reason

@@ -1,0 +1,45 @@
+"""The GPU backend: scan in Triton, attention by FlexAttention (which compiles to Triton), conv by torch's convolution.
+
+Without a GPU the same code runs on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1), slowly: that is how it is
+tested.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hymba_tune.model.ops.flex_attention import segment_attention
+from hymba_tune.model.ops.portable import causal_conv1d
+
+__all__ = ["DEVICES", "available", "causal_conv1d", "segment_attention", "selective_scan"]
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICES = ("cuda", "cpu") if _INTERPRETED else ("cuda",)
+
+_TECHNIQUE = {
+    "selective_scan": "Triton kernels with document starts and initial states",
+    "causal_conv1d": "torch's convolution over all documents at once",
+    "segment_attention": "FlexAttention, one block mask for each kind of layer",
+}
+
+
+def selective_scan(*inputs: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    """See reference.selective_scan. Triton is imported at the first call."""
+    from hymba_tune.model.ops import triton_scan
+
+    return triton_scan.selective_scan(*inputs, **named)
+
+
+def available(op: str) -> tuple[bool, str]:
+    if importlib.util.find_spec("triton") is None:
+        return False, "the package triton is not installed; a CUDA build of torch brings it"
+    if _INTERPRETED:
+        return True, f"{_TECHNIQUE[op]}, in Triton's interpreter"
+    if not torch.cuda.is_available():
+        return False, "torch sees no CUDA GPU"
+    return True, _TECHNIQUE[op]
