@@ -18,6 +18,7 @@ the same conversations in the same order, on every machine.
 import difflib
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -118,7 +119,13 @@ def load_mix(path: str | Path, kind: Kind | None = None) -> Mix:
 def mix_fingerprint(mix: Mix) -> str:
     """Changes with whatever changes the realised mix, but for the seed: settings, files' bytes, formats' code."""
     parts = {
-        name: [fingerprint(source, mix.kind, mix.skips(name), seed=0), source.take, source.weight, source.share]
+        name: [
+            fingerprint(source, mix.kind, mix.skips(name), seed=0),
+            source.take,
+            source.weight,
+            source.share,
+            source.epochs,
+        ]
         for name, source in mix.sources.items()
     }
     return hashlib.sha256(json.dumps([list(parts.items()), mix.drop_duplicates]).encode()).hexdigest()
@@ -201,17 +208,19 @@ def _amounts(mix: Mix, pools: dict[str, Ids]) -> dict[str, Ids]:
     """The ids of each source as often as its `weight` or `share` asks."""
     sizes = {name: round(len(pool) * (mix.sources[name].weight or 1)) for name, pool in pools.items()}
     shares = {name: source.share for name, source in mix.sources.items() if source.share}
+    room = {name: round(len(pools[name]) * (mix.sources[name].epochs or 1)) for name in shares}
     fixed = sum(size for name, size in sizes.items() if name not in shares)
     if len(shares) < len(sizes):
         total = fixed / (1 - sum(shares.values()))
     else:
-        total = min(len(pools[name]) / share for name, share in shares.items())
+        total = min(room[name] / share for name, share in shares.items())
     for name, share in shares.items():
         sizes[name] = round(share * total)
-        if sizes[name] > len(pools[name]):
+        if sizes[name] > room[name]:
             raise UserError(
                 f"{mix.place(name)}.share: {share} of the mix is {sizes[name]} conversations, but the source has "
-                f"{len(pools[name])}; lower the share, or repeat the source with weight"
+                f"{len(pools[name])}; lower the share, or set epochs: {math.ceil(sizes[name] / len(pools[name]))} "
+                "to repeat them so often"
             )
     return {name: np.resize(pool, sizes[name]) if len(pool) else pool for name, pool in pools.items()}
 
@@ -270,6 +279,8 @@ def _contradictions(mix: Mix) -> Iterator[tuple[Location, str]]:
         amounts = [key for key in ("take", "weight", "share") if getattr(source, key) is not None]
         if len(amounts) > 1:
             yield (*at, amounts[1]), f"contradicts {amounts[0]}; give one of take, weight, share"
+        if source.epochs and not source.share:
+            yield (*at, "epochs"), "limits how often a share is filled; give share too, or use weight"
         if source.format_name(mix.kind) not in READERS[mix.kind]:
             known = ", ".join(READERS[mix.kind])
             yield (*at, "format"), f"{source.format!r} is unknown for {mix.kind}; known are {known}"

@@ -98,6 +98,7 @@ class Source(_Settings):
     filter:    column: value, list of values, or {min, max}; rows that don't match are left out and counted
     take:      at most so many conversations (a random choice); `weight`: so many times all of them, 0.5 or 3;
                `share`: this share of the mix. Only one of the three; none means all, once
+    epochs:    with `share`: how often each conversation may stand in the mix to fill it (default 1)
     on_bad_row: error stops at the first bad row; skip leaves bad rows out and counts them (default: the mix's)
     """
 
@@ -111,6 +112,7 @@ class Source(_Settings):
     take: PositiveInt | None = None
     weight: PositiveFloat | None = None
     share: float | None = Field(default=None, gt=0, le=1)
+    epochs: PositiveFloat | None = None
     on_bad_row: Literal["error", "skip"] | None = None
 
     def format_name(self, kind: Kind) -> str:
@@ -135,7 +137,7 @@ class Conversion:
 def fingerprint(source: Source, kind: Kind, skip: bool, seed: int) -> str:
     """Changes with whatever changes the source's conversations: settings, files' bytes, the code that reads them."""
     how_many = set() if source.hub else {"take"}
-    settings = source.model_dump(exclude={"licence", "weight", "share", "on_bad_row", "path", *how_many})
+    settings = source.model_dump(exclude={"licence", "weight", "share", "epochs", "on_bad_row", "path", *how_many})
     code = [_file_hash(file) for file in (formats.__file__, preferences.__file__, plain_text.__file__, __file__)]
     parts: list[Any] = [settings, kind, skip, [_file_hash(path) for path in source.path or []], code]
     if source.hub and source.take:

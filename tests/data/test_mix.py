@@ -60,6 +60,8 @@ A, B = "path: a.jsonl", "path: b.jsonl"
         ({"a": A, "b": f"{B}, share: 0.2"}, (100, 25)),
         ({"a": f"{A}, share: 0.5", "b": f"{B}, share: 0.5"}, (40, 40)),
         ({"a": f"{A}, share: 0.8", "b": f"{B}, share: 0.2"}, (100, 25)),
+        ({"a": A, "b": f"{B}, share: 0.5, epochs: 3"}, (100, 100)),
+        ({"a": f"{A}, share: 0.5", "b": f"{B}, share: 0.5, epochs: 2"}, (80, 80)),
     ],
 )
 def test_amounts_are_what_the_mix_asks(realised, parts, expected):
@@ -232,6 +234,7 @@ def test_hub_sources_are_read_and_an_unreachable_hub_is_one_message(realised, mo
             "sources:\n  a:\n    path: a.jsonl\n    take: 1\n    weight: 2",
             "mix.yaml:5: sources.a.weight: contradicts take",
         ),
+        ("sources:\n  a: {path: a.jsonl, epochs: 2}", "limits how often a share is filled; give share too"),
         ("sources:\n  a: {path: a.jsonl, share: 0.5}", "all sources have a share, but these sum to 0.5; make it 1"),
         ("sources:\n  a: {path: a.jsonl}\n  b: {path: b.jsonl, share: 1.0}", "leave nothing for the other sources"),
         ("sources:\n  a: {path: a.jsonl, map: {usr: x}}", "mix.yaml:2: sources.a.map.usr: no format for conv"),
@@ -249,7 +252,8 @@ def test_a_wrong_mix_is_refused_with_line_field_and_remedy(realised, text, messa
 
 def test_a_share_that_the_source_cannot_fill_is_an_error(realised):
     with pytest.raises(
-        UserError, match=r"sources\.b\.share: 0\.5 of the mix is 100 conversations, but the source has 40"
+        UserError,
+        match=r"sources\.b\.share: 0\.5 of the mix is 100 conversations, but the source has 40; .* set epochs: 3",
     ):
         realised(sources(a=A, b=f"{B}, share: 0.5"))
 
