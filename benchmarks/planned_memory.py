@@ -2,9 +2,9 @@
 
     python -m benchmarks.planned_memory [size]
 
-Each size trains a few steps in a process of its own, through the trainer that recipes use, on random tokens. Measured is
-the highest resident memory (VmHWM) less what the process holds once its libraries are loaded and have computed something:
-that share, `libraries_mb`, is no part of the plan.
+Each size trains a few steps in a process of its own, through the trainer that recipes use, on random tokens. Measured
+is the highest resident memory (VmHWM) less what the process holds once its libraries are loaded and have trained a tiny
+model: that share, `libraries_mb`, is no part of the plan.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ CASES: dict[str, dict[str, Any]] = {
     "5M": {
         "config": {
             **_SHARED, "vocab_size": 8001, "hidden_size": 192, "intermediate_size": 640, "num_hidden_layers": 6,
-            "num_attention_heads": 6, "num_key_value_heads": 2, "global_attn_idx": [0, 3, 5], "kv_reuse_group": [[1, 2]],
+            "num_attention_heads": 6, "num_key_value_heads": 2, "global_attn_idx": [0, 3, 5],
+            "kv_reuse_group": [[1, 2]],
         },
         "length": 1024, "rows": 4, "accumulated": 1, "checkpointing": False,
     },

@@ -94,13 +94,20 @@ def run(
 
 
 @app.command()
-def plan(recipe: RecipeFile, overrides: Overrides = None, tiny: Tiny = False) -> None:
-    """Say what a run would do: settings, parameters, tokens, steps and memory. Loads no weights."""
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    tiny: Tiny = False,
+    tokens_per_second: Annotated[
+        float | None, typer.Option(min=0.001, help="Over all processes, for the time; else what the last run measured.")
+    ] = None,
+) -> None:
+    """Say what a run would do: settings, parameters, tokens, steps, memory and time. Loads no weights."""
     from hymba_tune.pipeline import load_pipeline
     from hymba_tune.plan import make_plans, show
 
     for stage in make_plans(load_pipeline(recipe, overrides or (), tiny).stages):
-        show(stage)
+        show(stage, tokens_per_second=tokens_per_second)
 
 
 @app.command(name="eval")

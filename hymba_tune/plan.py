@@ -17,13 +17,15 @@ from hymba_tune.errors import UserError
 from hymba_tune.geometry import PUBLISHED, Geometry, activations, adapter_parameters, parameters
 from hymba_tune.provenance import gpus
 from hymba_tune.recipe import DATA_KINDS, AdapterSection, Recipe
+from hymba_tune.zero import States, largest_layer, zero_states
 
 GIB = 2**30
 # Conversations that are tokenised to count tokens; larger mixes are extrapolated from evenly spaced ones.
 SAMPLE = 2000
-# Tokens that the loss scores at a time (model/loss.py), and the float32 copies of their logits that exist at once:
-# logits, probabilities, gradient.
-LOGITS_CHUNK, LOGITS_COPIES = 256, 3
+# Tokens and columns that TRL's loss scores at a time (trl/kernels/chunked_logprob.py). With Triton their logits exist
+# once; in torch the backward holds seven float32 arrays of that size beside them (scaled twice, log p, p, three of the
+# gradient) and a mask of a byte an entry.
+LOGITS_TOKENS, LOGITS_COLUMNS, LOGITS_COPIES_ON_CPU = 4096, 32768, 8.25
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,16 @@ class DataCount:
     supervised: int
     rows: int
     exact: bool
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Memory of a GPU, in bfloat16, where `processes` share the states: the states a stage, and what none divides."""
+
+    processes: int
+    states: dict[str, States]
+    activations: int
+    logits: int
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,7 @@ class Plan:
     steps: int | None
     memory: dict[str, int] | None
     on_gpu: bool
+    shared: Shared | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +91,7 @@ def make_plans(recipes: Sequence[Recipe]) -> list[Plan]:
 def _make_plan(recipe: Recipe, start: Start, adapter: AdapterSection | None) -> Plan:
     data, data_note = count_data(recipe, start.tokenizer)
     on_gpu = bool(gpus())
-    parts = trained = memory = None
+    parts = trained = memory = shared = None
     if start.config is not None:
         geometry = Geometry.of(start.config)
         parts = parameters(geometry)
@@ -86,8 +99,9 @@ def _make_plan(recipe: Recipe, start: Start, adapter: AdapterSection | None) -> 
         if adapter is not None:
             trained = adapter_parameters(geometry, adapter.type, adapter.r, adapter.targets)
         memory = memory_bytes(recipe, geometry, trained, adapter is not None, on_gpu)
+        shared = share_out(recipe, geometry, trained, adapter is not None)
     steps = count_steps(recipe, data)
-    return Plan(recipe, adapter, parts, trained, start.note, data, data_note, steps, memory, on_gpu)
+    return Plan(recipe, adapter, parts, trained, start.note, data, data_note, steps, memory, on_gpu, shared)
 
 
 def _start(recipe: Recipe, written: Mapping[str, Start]) -> Start:
@@ -206,7 +220,7 @@ def memory_bytes(recipe: Recipe, geometry: Geometry, trained: int, adapted: bool
     optimizer: 8 a trained parameter (Adam's two moments; 2 with an 8-bit optimizer)
     activations: tokens of the micro-batch x geometry.activations over the layers, in their dtypes; with gradient
         checkpointing the input of each layer (C, float32) and the K/V that consumers share, and one layer whole
-    logits: 256 tokens x V x 4 bytes x 3
+    logits: at most 4096 tokens of the micro-batch x V (at most 32768): once on a GPU, 8.25 times in float32 on a CPU
     """
     options = recipe.trainer_arguments
     total = sum(parameters(geometry).values()) + (trained if adapted else 0)
@@ -218,18 +232,48 @@ def memory_bytes(recipe: Recipe, geometry: Geometry, trained: int, adapted: bool
         shared = geometry.kv_heads * (geometry.head_dim + geometry.value_head_dim) * narrow_bytes
         a_token = len(layers) * (4 * geometry.hidden + shared) + max(bytes_of)
     tokens = recipe.trainer.per_device_train_batch_size * recipe.data.max_length
+    logit_bytes = narrow_bytes if on_gpu else 4 * LOGITS_COPIES_ON_CPU
     return {
         "weights": 4 * total,
         "bfloat16 copies": 2 * total if narrow_bytes == 2 else 0,
         "gradients": 4 * trained,
         "optimizer": (2 if "8bit" in str(options.get("optim", "")) else 8) * trained,
         "activations": tokens * a_token,
-        "logits": 4 * LOGITS_CHUNK * geometry.vocab * LOGITS_COPIES,
+        "logits": round(min(tokens, LOGITS_TOKENS) * min(geometry.vocab, LOGITS_COLUMNS) * logit_bytes),
     }
 
 
-def show(plan: Plan, console: Console | None = None) -> None:
-    """Print a plan."""
+def share_out(recipe: Recipe, geometry: Geometry, trained: int, adapted: bool) -> Shared:
+    """What DeepSpeed would make of the recipe on its processes; on a machine's eight GPUs where it names one."""
+    processes = recipe.launch.processes if recipe.launch.processes > 1 else 8
+    total = sum(parameters(geometry).values()) + (trained if adapted else 0)
+    memory = memory_bytes(recipe, geometry, trained, adapted, on_gpu=True)
+    states = zero_states(total, trained, largest_layer(geometry), processes)
+    return Shared(processes, states, memory["activations"], memory["logits"])
+
+
+def seconds(plan: Plan, tokens_per_second: float) -> float | None:
+    """Of training, at so many tokens a second over all processes; None where the steps are not known.
+
+    A row counts as full where the mix was not counted.
+    """
+    if plan.steps is None:
+        return None
+    a_row = plan.data.tokens / plan.data.rows if plan.data and plan.data.rows else plan.recipe.data.max_length
+    return plan.steps * rows_a_step(plan.recipe) * a_row / tokens_per_second
+
+
+def measured_rate(recipe: Recipe) -> float | None:
+    """Tokens a second of the run that is in output.dir, if there is one."""
+    try:
+        last = json.loads((Path(recipe.output.dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        return float(last["tokens"] / last["seconds"])
+    except (OSError, ValueError, LookupError, TypeError, ZeroDivisionError):
+        return None
+
+
+def show(plan: Plan, console: Console | None = None, tokens_per_second: float | None = None) -> None:
+    """Print a plan. tokens_per_second: over all processes (None: what the run in output.dir measured, if any)."""
     console = console or Console()
     console.print(f"[bold]{escape(plan.recipe.stage)}[/] ({plan.recipe.method}) -> {escape(plan.recipe.output.dir)}\n")
     _print(console, "Settings", _flat(plan.recipe.to_dict()))
@@ -238,6 +282,32 @@ def show(plan: Plan, console: Console | None = None) -> None:
     if plan.memory is not None:
         place = "a GPU" if plan.on_gpu else "the CPU"
         _print(console, f"Memory of one process, estimated for {place}", _memory_rows(plan.memory))
+    if plan.shared is not None:
+        _print_shared(console, plan.shared)
+    rate = tokens_per_second or measured_rate(plan.recipe)
+    if rate is not None:
+        where = "given" if tokens_per_second else "measured by the run in output.dir"
+        _print(console, "Time", [("training", f"{_duration(seconds(plan, rate))} at {rate:,.0f} tokens/s ({where})")])
+
+
+def _duration(count: float | None) -> str:
+    if count is None:
+        return "not known before the steps are,"
+    minutes = round(count / 60)
+    return f"{minutes // 60:,} h {minutes % 60:02} min" if minutes >= 60 else f"{count / 60:.1f} min"
+
+
+def _print_shared(console: Console, shared: Shared) -> None:
+    """A row a stage, GiB."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("", "weights", "gradients", "optimizer", "activations", "logits", "together", "host memory"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, part in shared.states.items():
+        values = [part.weights, part.gradients, part.optimizer, shared.activations, shared.logits]
+        row = [f"{count / GIB:.2f}" for count in (*values, sum(values), part.host)]
+        table.add_row(f"  {escape(name)}", *row)
+    title = f"GiB of each of {shared.processes} GPUs with DeepSpeed (bfloat16; buffers not counted)"
+    console.print(f"[bold]{title}[/]", table, "", sep="\n")
 
 
 def _print(console: Console, title: str, rows: list[tuple[str, str]]) -> None:

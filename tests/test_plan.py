@@ -160,12 +160,26 @@ def test_memory_follows_the_formulas(folder):
     geometry = Geometry.of({})
     recipe = load_recipe("one.yaml", ["model.dtype=float32", "trainer.gradient_checkpointing=false"])
     whole = memory_bytes(recipe, geometry, trained=1000, adapted=False, on_gpu=False)
-    assert (whole["gradients"], whole["optimizer"], whole["logits"]) == (4000, 8000, 4 * 256 * 32001 * 3)
+    assert (whole["gradients"], whole["optimizer"], whole["logits"]) == (4000, 8000, 8 * 32001 * 33)
     halved = memory_bytes(
         load_recipe("one.yaml", ["model.dtype=bfloat16"]), geometry, trained=1000, adapted=False, on_gpu=False
     )
     assert halved["activations"] < whole["activations"] / 2  # checkpointed, too
     assert halved["weights"] == whole["weights"] == 2 * halved["bfloat16 copies"]
+
+
+def test_each_stage_of_zero_is_told_and_time_from_a_given_or_measured_rate(folder):
+    plan = make_plan(load_recipe("one.yaml", ["trainer.max_steps=100", f"output.dir={folder / 'run'}"]))
+    text = printed(plan)
+    assert "each of 8 GPUs with DeepSpeed" in text
+    assert all(name in text for name in ("ZeRO-0 (DDP)", "ZeRO-1", "ZeRO-2", "ZeRO-3", "ZeRO-3, offload"))
+    assert plan.shared is not None
+    assert plan.shared.logits == 8 * 32001 * 2
+    assert planning.seconds(plan, 10) == 100 * 4 * 8 / 10
+    assert "tokens/s" not in text
+    Path("run").mkdir()
+    Path("run/metrics.jsonl").write_text('{"tokens": 1600, "seconds": 32}\n')
+    assert "1.1 min at 50 tokens/s (measured by the run in output.dir)" in printed(plan)
 
 
 def test_a_plan_loads_no_torch(folder):
