@@ -20,6 +20,7 @@ from benchmarks.record import write_result
 from hymba_tune.geometry import Geometry, parameters
 from hymba_tune.plan import memory_bytes
 from hymba_tune.recipe import Recipe
+from hymba_tune.run_dir import RunDir
 
 STEPS = 4
 _SHARED = {"v_head_dim": 64, "mamba_d_state": 16, "num_memory_tokens": 128, "sliding_window": 1024}
@@ -95,10 +96,9 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, int]:
 
     def train(config: HymbaConfig, name: str) -> None:
         torch.manual_seed(0)
-        at = folder / name
-        at.mkdir()
-        data = Dataset.from_list(rows)
-        train_sft(recipe, HymbaForCausalLM(config), tokenizer, data, None, at / "metrics.jsonl", at / "checkpoints")
+        run = RunDir(folder / name)
+        run.path.mkdir()
+        train_sft(recipe, HymbaForCausalLM(config), tokenizer, Dataset.from_list(rows), None, run)
 
     train(tiny_config(), "libraries")
     libraries = resident("VmRSS")
