@@ -228,7 +228,7 @@ def memory_bytes(recipe: Recipe, geometry: Geometry, trained: int, adapted: bool
     layers = [activations(geometry, layer) for layer in range(len(geometry.letters))]
     bytes_of = [4 * wide + narrow_bytes * narrow for wide, narrow in layers]
     a_token = sum(bytes_of)
-    if options.get("activation_checkpointing", options.get("gradient_checkpointing", True)):
+    if options.get("activation_checkpointing", True):
         shared = geometry.kv_heads * (geometry.head_dim + geometry.value_head_dim) * narrow_bytes
         a_token = len(layers) * (4 * geometry.hidden + shared) + max(bytes_of)
     tokens = recipe.trainer.per_device_train_batch_size * recipe.data.max_length

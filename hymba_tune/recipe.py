@@ -19,8 +19,8 @@ from hymba_tune.errors import UserError
 from hymba_tune.geometry import CONFIG, LEFTOVERS
 from hymba_tune.layers import Origin, Settings, assignment, overlay, read_chain, section
 from hymba_tune.paths import expand, find, is_hub_id, task_file
+from hymba_tune.trainer_keys import RENAMED, problem, unknown_key
 from hymba_tune.trainer_keys import fields as trainer_fields
-from hymba_tune.trainer_keys import problem, unknown_key
 from hymba_tune.yaml_reader import Location, read_yaml
 
 DORA_TARGETS = ("in_proj", "out_proj", "x_proj.0", "dt_proj.0", "gate_proj", "up_proj", "down_proj")
@@ -145,7 +145,7 @@ class Recipe(_Section):
     def trainer_arguments(self) -> dict[str, Any]:
         """The keyword arguments for TRL's config class that the recipe decides."""
         return {
-            **(self.trainer.model_extra or {}),
+            **{RENAMED.get(key, key): value for key, value in (self.trainer.model_extra or {}).items()},
             "per_device_train_batch_size": self.trainer.per_device_train_batch_size,
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
         }
@@ -168,7 +168,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), tiny: bool = Fa
     """
     settings = _merged(Path(path) if Path(path).exists() else find(str(path), []) or Path(path), tiny)
     for text in overrides:
-        settings = overlay(settings, assignment(text))
+        settings = overlay(settings, _with_new_names(assignment(text)))
     settings = _with_paths(settings)
     try:
         recipe = Recipe.model_validate(settings.values)
@@ -185,7 +185,7 @@ def _merged(path: Path, tiny: bool) -> Settings:
     chain = read_chain(path)
     merged = Settings({}, {})
     for layer in chain:
-        merged = overlay(merged, _with_config_file(layer))
+        merged = overlay(merged, _with_new_names(_with_config_file(layer)))
     plain, tiny_section = section(merged, "tiny")
     if not tiny:
         return plain
@@ -205,6 +205,20 @@ def _with_config_file(layer: Settings) -> Settings:
     config, _ = read_yaml(_existing(model["config"], origin, "model.config"))  # JSON is YAML
     config = {key: value for key, value in config.items() if key not in LEFTOVERS}
     return Settings({**layer.values, "model": {**model, "config": config}}, layer.origins)
+
+
+def _with_new_names(layer: Settings) -> Settings:
+    """Keys of `trainer` and `tiny.trainer` under their new names: a later layer wins whichever name it uses."""
+    origins = {tuple(RENAMED.get(str(key), key) for key in at): origin for at, origin in layer.origins.items()}
+    return Settings(_renamed(layer.values, layer.origin(())), origins)
+
+
+def _renamed(values: dict[str, Any], origin: Origin) -> dict[str, Any]:
+    for old, new in RENAMED.items():
+        if old in values and new in values:
+            raise UserError(f"{origin.text}: trainer.{old}: the old name of {new}, which is there too; keep one")
+    inner = {key: _renamed(values[key], origin) for key in ("tiny", "trainer") if isinstance(values.get(key), dict)}
+    return {RENAMED.get(key, key): value for key, value in (values | inner).items()}
 
 
 def _with_paths(settings: Settings) -> Settings:

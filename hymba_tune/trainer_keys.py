@@ -78,6 +78,12 @@ RESERVED: dict[str, str] = {
     "use_liger_kernel": "its kernels do not know Hymba",
 }
 
+RENAMED: dict[str, str] = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+"""transformers' old names, which it warns of at every start, and the new ones; a recipe may use either."""
+
 DPO_LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",

@@ -175,6 +175,21 @@ def test_preference_pairs_are_not_packed_and_take_dpo_keys(recipe_file):
     assert recipe.trainer_arguments["beta"] == 0.1
 
 
+def test_the_later_of_two_names_of_one_setting_wins(recipe_file):
+    recipe_file(MINIMAL + "  activation_checkpointing: true\n", "base.yaml")
+    path = recipe_file("extends: base.yaml\ntrainer: {gradient_checkpointing: false}\ntiny: {trainer: {save_steps: 5}}")
+    assert load_recipe(path).trainer_arguments["activation_checkpointing"] is False
+    assert load_recipe(path, tiny=True).trainer_arguments["activation_checkpointing"] is False
+    again = load_recipe(path, ["trainer.gradient_checkpointing=true"]).trainer_arguments
+    assert again["activation_checkpointing"] is True
+    assert "gradient_checkpointing" not in again
+
+
+def test_two_names_of_one_setting_in_one_file_are_refused(recipe_file):
+    path = recipe_file(MINIMAL + "  activation_checkpointing: true\n  gradient_checkpointing: false\n")
+    assert "trainer.gradient_checkpointing: the old name of activation_checkpointing, which is there" in refusal(path)
+
+
 def test_scratch_needs_a_config_and_a_tokenizer_and_nothing_else_takes_a_config(recipe_file):
     path = recipe_file(MINIMAL)
     message = refusal(path, "model.from=scratch")

@@ -7,7 +7,9 @@ every layer, and after the first backward each adapted module must have received
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -49,7 +51,8 @@ def attach_adapter(
         use_dora=kind == "dora",
         task_type="CAUSAL_LM",
     )
-    adapted = get_peft_model(model, config)
+    with _old_names():
+        adapted = get_peft_model(model, config)
     _check_attached(adapted, model.config, targets)
     if base is not None:
         adapted.peft_config["default"].base_model_name_or_path = base
@@ -63,10 +66,19 @@ def load_adapter(model: HymbaForCausalLM, path: str | Path, trainable: bool = Fa
         UserError: there is no adapter at `path`, or it belongs to another model.
     """
     try:
-        return PeftModel.from_pretrained(model, str(path), is_trainable=trainable, use_safetensors=True)
+        with _old_names():
+            return PeftModel.from_pretrained(model, str(path), is_trainable=trainable, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"adapter {path}: {reason}; give a folder that an adapter run of this base wrote") from error
+
+
+@contextmanager
+def _old_names() -> Iterator[None]:
+    """peft asks transformers by an old name; its warning is nothing that a user could do anything about."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def merge_adapter(model: PeftModel) -> HymbaForCausalLM:

@@ -100,7 +100,8 @@ class HybridHeadMixer(nn.Module):
             q = _rotate(q.unflatten(-1, (-1, self.head_dim)), rope)
             if self.producer == self.layer:
                 shared_k = _rotate(k.unflatten(-1, (-1, self.head_dim)), rope)
-                shared_v = v.unflatten(-1, (-1, self.value_head_dim))
+                # A copy: a view would keep the whole projection alive for as long as the consumers need V.
+                shared_v = v.unflatten(-1, (-1, self.value_head_dim)).contiguous()
             assert shared_k is not None
             assert shared_v is not None
             attended = self._attend(q, shared_k, shared_v, stream, cache)

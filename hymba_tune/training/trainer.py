@@ -122,6 +122,7 @@ def common_arguments(recipe: Recipe, run: RunDir) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
     saved = recipe.trainer_arguments.get("save_steps", 100)
     return {
+        "activation_checkpointing": True,
         "logging_steps": 10,
         "save_strategy": "steps",
         "save_steps": 100,

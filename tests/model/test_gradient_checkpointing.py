@@ -94,3 +94,25 @@ def test_a_cache_under_checkpointing_is_refused() -> None:
     model.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="gradient checkpointing would fill the cache twice: pass use_cache=False"):
         model(random_ids(1, 3), past_key_values=HymbaCache(model.config))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_shared_keys_and_values_keep_nothing_else_alive(model: HymbaForCausalLM, checkpointing: bool) -> None:
+    """What consumers hold until the backward pass is K and V themselves, not the projection they were cut from."""
+    shared: list[Tensor] = []
+    hooks = [
+        layer.mamba.register_forward_pre_hook(
+            lambda _, args: shared.extend(part for part in args[1:3] if part is not None)
+        )
+        for layer in model.model.layers
+    ]
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    packed_loss(model)
+    model.gradient_checkpointing_disable()
+    model.eval()
+    for hook in hooks:
+        hook.remove()
+    assert shared
+    assert [part.untyped_storage().nbytes() for part in shared] == [part.nbytes for part in shared]

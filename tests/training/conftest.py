@@ -70,7 +70,7 @@ def make_recipe(adapter: dict[str, object] | None = None, method: str = "sft", *
                 "learning_rate": 1e-2,
                 "num_train_epochs": 1,
                 "global_batch": 2,
-                "gradient_checkpointing": False,
+                "activation_checkpointing": False,
                 "logging_steps": 2,
                 "save_steps": 4,
                 **trainer,

@@ -216,7 +216,7 @@ def test_accumulated_pairs_weigh_as_much_as_those_of_one_batch(
 @pytest.mark.parametrize(
     ("adapter", "settings"),
     [
-        (None, {"gradient_checkpointing": True}),
+        (None, {"activation_checkpointing": True}),
         (DORA, {"disable_dropout": False}),
         (DORA, {"precompute_ref_log_probs": False}),
     ],

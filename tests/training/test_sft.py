@@ -89,6 +89,15 @@ def test_the_rate_warms_up_stays_and_decays_over_shares_of_the_run(
     assert rates == pytest.approx([*warm_up, *[1.0] * 13, *decay])
 
 
+def test_checkpointing_layers_is_no_reason_for_a_warning(
+    model: HymbaForCausalLM, tokenizer: Any, rows: Dataset, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    adapted = attach_adapter(model, r=2, alpha=4)
+    train(adapted, tokenizer, rows.select(range(4)), tmp_path, activation_checkpointing=True)
+    assert model.is_activation_checkpointing
+    assert [str(warning.message) for warning in recwarn if "checkpointing" in str(warning.message)] == []
+
+
 class Cut(TrainerCallback):
     """Ends the process' training in the middle of a step, as a kill would."""
 
