@@ -25,13 +25,14 @@ from hymba_tune.code_version import weights_code
 from hymba_tune.errors import UserError
 from hymba_tune.numerics import fix_numerics
 from hymba_tune.recipe import DATA_KINDS, Recipe
-from hymba_tune.run_dir import Moment, RunDir, require_space
+from hymba_tune.run_dir import Moment, RunDir
 from hymba_tune.weights import (
     Weights,
     find_weights,
     folder_fingerprint,
     load_weights,
     parent_run,
+    save_weights,
     stage_weights,
 )
 
@@ -259,7 +260,7 @@ def _start_weights(recipe: Recipe, run: RunDir) -> Weights:
 
     if not run.initial.exists():
         set_seed(recipe.data.seed)
-        _save_whole(HymbaForCausalLM(HymbaConfig(**(recipe.model.config or {}))), run.initial)
+        save_weights(HymbaForCausalLM(HymbaConfig(**(recipe.model.config or {}))), run.initial)
     return Weights(str(run.initial))
 
 
@@ -287,7 +288,7 @@ def _trainable(recipe: Recipe, run: RunDir, tokenizer: PreTrainedTokenizerFast) 
     if weights.adapters and recipe.model.handoff == "merge":
         base = str(run.initial)
         if not run.initial.exists():
-            _save_whole(model, run.initial, tokenizer)
+            save_weights(model, run.initial, tokenizer)
     adapted = attach_adapter(
         model, settings.type, settings.r, settings.alpha, settings.dropout, settings.targets, base=base
     )
@@ -309,19 +310,7 @@ def _train(recipe: Recipe, run: RunDir) -> None:
     validation: dict[str, Any] | None = {unquote(folder.name): load(folder)[0] for folder in held} or None
     model = _trainable(recipe, run, tokenizer)
     trained = train(recipe, model, tokenizer, rows, validation, run)
-    _save_whole(trained, run.adapter if hasattr(trained, "peft_config") else run.model, tokenizer)
-
-
-def _save_whole(model: Any, folder: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> None:
-    """save_pretrained that leaves the whole folder or nothing."""
-    draft = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(draft, ignore_errors=True)
-    require_space(folder, sum(value.numel() * value.element_size() for value in model.parameters()), folder.name)
-    model.save_pretrained(draft)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(draft)
-    shutil.rmtree(folder, ignore_errors=True)
-    draft.replace(folder)
+    save_weights(trained, run.adapter if hasattr(trained, "peft_config") else run.model, tokenizer)
 
 
 def _evaluate(recipe: Recipe, run: RunDir, moment: Moment) -> None:

@@ -1,4 +1,4 @@
-"""Names of weights -> folders -> a model: checkpoints, adapters, run directories, hub ids, `tiny`, `stage:NAME`.
+"""Names of weights -> folders -> a model, and back: checkpoints, adapters, runs, hub ids, `tiny`, `stage:NAME`.
 
 An adapter remembers the folder it was trained on; where that is an adapter too, they are folded in one after the other.
 """
@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hymba_tune.errors import UserError
 from hymba_tune.recipe import Recipe
-from hymba_tune.run_dir import RunDir
+from hymba_tune.run_dir import RunDir, require_space
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from hymba_tune.model import HymbaForCausalLM
 
 STAGE_PREFIX = "stage:"
@@ -31,8 +35,14 @@ class Weights:
 
     @property
     def source(self) -> str:
-        """The folder or hub id that was named: the last adapter's, else the checkpoint's; the tokenizer lies there."""
+        """The folder or hub id that was named: the last adapter's, else the checkpoint's."""
         return str(self.adapters[-1]) if self.adapters else self.base
+
+    @property
+    def tokenizer(self) -> str:
+        """Where the tokenizer lies: in the last adapter that brings one, else with the checkpoint."""
+        own = [adapter for adapter in self.adapters if (adapter / "tokenizer.json").exists()]
+        return str(own[-1]) if own else self.base
 
     def fingerprint(self) -> str:
         """sha256 over the files of local folders, over the name of a hub id."""
@@ -106,6 +116,33 @@ def load_weights(weights: Weights, device: Any = "cpu", changes: Mapping[str, An
 
         model = merge_adapter(load_adapter(model, adapter))
     return model
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A draft folder that takes the place of `folder` when the block ends without an error; else it is removed."""
+    draft = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.replace(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def save_weights(model: Any, folder: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> None:
+    """Leave the whole checkpoint or adapter in `folder`, or nothing.
+
+    Raises:
+        UserError: the disk has no room for it.
+    """
+    require_space(folder, sum(value.numel() * value.element_size() for value in model.parameters()), folder.name)
+    with whole_folder(folder) as draft:
+        model.save_pretrained(draft)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(draft)
 
 
 def folder_fingerprint(folder: Path) -> str:
