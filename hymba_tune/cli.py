@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -136,6 +136,45 @@ def evaluate(
         raise UserError("eval: nothing to score; add --suite paper, or another suite, task or file")
     folder = out or Path("runs/eval") / Path(model).name
     evaluate(model, wanted, folder, limit=limit, data=data, max_new_tokens=max_new_tokens)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="An adapter or run folder; a stack is folded in in its order.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must not exist.")],
+    base: Annotated[str | None, typer.Option(help="The base, where it is not where the adapter says.")] = None,
+) -> None:
+    """Fold an adapter into its base: a float32 checkpoint that stands alone."""
+    from hymba_tune.hub import check_hub
+
+    check_hub({"ADAPTER": adapter, "--base": base})
+    from hymba_tune.export import merge
+
+    weights = merge(adapter, out, base)
+    print("\n  + ".join([weights.base, *map(str, weights.adapters)]), f"-> {out}", sep="\n  ")
+
+
+@app.command()
+def export(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A checkpoint, adapter or run folder, hub id, or tiny.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must not exist.")],
+    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of the weights.")] = "bfloat16",
+    push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to the hub, too.")] = None,
+) -> None:
+    """Write a checkpoint for others: official names, tokenizer, chat template, model card. Adapters are folded in."""
+    from hymba_tune.hub import check_hub, check_upload
+
+    if push is not None:
+        check_upload(push)
+    check_hub({"MODEL": model})
+    from hymba_tune.export import export
+
+    export(model, out, dtype, push)
+    print(out if push is None else f"{out}\nhttps://huggingface.co/{push}")
 
 
 @app.command()

@@ -27,7 +27,7 @@ def evaluate(
     """
     names = find_tasks(tasks)
     weights = find_weights(name)
-    tokenizer = load_tokenizer(weights.source)
+    tokenizer = load_tokenizer(weights.tokenizer)
     model = load_weights(weights, "cuda" if torch.cuda.is_available() else "cpu").eval()
     with Progress(transient=True) as progress:
         bars = {task: progress.add_task(task, total=None) for task in names}

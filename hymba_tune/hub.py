@@ -1,6 +1,6 @@
-"""Whether the Hugging Face hub can be reached, found out once and at once.
+"""The Hugging Face hub: whether it can be reached, found out once and at once, and folders sent to it.
 
-Without this, every file asked for is tried six times over half a minute. Must run before a Hugging Face library is
+Without the check, every file asked for is tried six times over half a minute. Must run before a Hugging Face library is
 imported: they read their settings from the environment when they are.
 """
 
@@ -34,6 +34,41 @@ def check_hub(models: Mapping[str, str | None]) -> None:
     for field, name in wanted.items():
         if not isinstance(try_to_load_from_cache(name, "config.json"), str):
             raise UserError(f"{field}: {name} is not in the local cache, and {why}; give a local folder instead")
+
+
+def check_upload(repository: str) -> None:
+    """Raises UserError if a folder can't be sent to `repository` (owner/name): to be known before work is done."""
+    if not is_hub_id(repository):
+        raise UserError(f"--push: {repository!r} is no place on the hub; give owner/name")
+    why = _out_of_reach()
+    if why is not None:
+        raise UserError(
+            f"--push: {repository} can't be reached, {why}; export without --push and upload the folder later"
+        )
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise UserError("--push: nobody is logged in to the hub; run `hf auth login`, or set HF_TOKEN")
+
+
+def upload(folder: Path, repository: str) -> None:
+    """Send a folder to the hub; a repository that is not there yet is made, and private.
+
+    Raises:
+        UserError: the hub refused it, or the connection broke; the folder is untouched.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload by hymba-tune")
+    except (HfHubHTTPError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"--push: {repository}: {reason}; {folder} is whole: `hf upload {repository} {folder}`"
+        ) from error
 
 
 def _out_of_reach() -> str | None:

@@ -58,6 +58,7 @@ def run_stage(recipe: Recipe, earlier: Literal["refuse", "rerun", "anew"] = "ref
     """
     from hymba_tune.evaluation.catalogue import find_tasks
     from hymba_tune.model import ops
+    from hymba_tune.report.card import write_card
     from hymba_tune.report.render import write_report
 
     find_tasks(recipe.eval.suites)
@@ -86,6 +87,7 @@ def run_stage(recipe: Recipe, earlier: Literal["refuse", "rerun", "anew"] = "ref
             if todo and recipe.eval.after:
                 _evaluate(recipe, run, "after")
         write_report(run.path)
+        write_card(run.path)
     console.print(f"[bold]{recipe.stage}[/]: {run.report}")
     return run
 

@@ -36,6 +36,7 @@ ARROWS: dict[str, set[str]] = {
     "inspection": {"run_dir", "data", "weights", "report"},
     "numerics": {"model"},
     "weights": {"recipe", "run_dir", "model", "tiny"},
+    "export": {"data", "hub", "report", "weights"},
     "evaluate": {"data", "model", "weights", "evaluation"},
 }
 SEES_ALL = {"cli", "make_tiny", "pipeline", "stage"}

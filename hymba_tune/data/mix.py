@@ -79,6 +79,7 @@ class SourceCount:
     """
 
     source: str
+    hub: str | None
     licence: str | None
     read: int
     filtered: int
@@ -235,6 +236,7 @@ def _counts(
     return [
         SourceCount(
             source=name,
+            hub=hub.id if (hub := mix.sources[name].hub) else None,
             licence=mix.sources[name].licence,
             read=counts.read,
             filtered=counts.filtered,
