@@ -80,6 +80,7 @@ def test_an_adapter_run_writes_an_adapter_that_evaluates(recipe_file: Path) -> N
     run = run_stage(load_recipe(recipe_file, ["adapter={type: dora, r: 2, alpha: 4}", "trainer.max_steps=2"]))
     assert (run.adapter / "adapter_model.safetensors").exists()
     assert not run.model.exists()
+    assert "library_name: peft" in (run.adapter / "README.md").read_text()
     assert run.read_json(run.evaluation("after") / "tiny_math.json")["metrics"]
 
 
