@@ -86,8 +86,9 @@ def run_stage(recipe: Recipe, earlier: Literal["refuse", "rerun", "anew"] = "ref
         with _step(run, state, "after") as todo:
             if todo and recipe.eval.after:
                 _evaluate(recipe, run, "after")
+            if todo:
+                write_card(run.path)
         write_report(run.path)
-        write_card(run.path)
     console.print(f"[bold]{recipe.stage}[/]: {run.report}")
     return run
 
