@@ -218,7 +218,7 @@ def _renamed(values: dict[str, Any], origin: Origin) -> dict[str, Any]:
         if old in values and new in values:
             raise UserError(f"{origin.text}: trainer.{old}: the old name of {new}, which is there too; keep one")
     inner = {key: _renamed(values[key], origin) for key in ("tiny", "trainer") if isinstance(values.get(key), dict)}
-    return {RENAMED.get(key, key): value for key, value in (values | inner).items()}
+    return {RENAMED.get(key) or key: value for key, value in (values | inner).items()}
 
 
 def _with_paths(settings: Settings) -> Settings:

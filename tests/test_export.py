@@ -75,7 +75,7 @@ def test_an_export_loads_with_the_auto_classes_and_needs_no_remote_code(base: Pa
     assert {"config.json", "generation_config.json", "model.safetensors", "README.md", "tokenizer.json"} <= files
     assert not [name for name in files if name.endswith(".py")]
     assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.chat_template == CHAT_TEMPLATE.read_text(encoding="utf-8")
     generation = model.generation_config
