@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hymba_tune.data.chat import load_tokenizer
 from hymba_tune.data.mix import load_mix, realise_mix
-from hymba_tune.data.packing import IGNORED, PackingCounts, build_rows
+from hymba_tune.data.packing import IGNORED, PackingCounts, TooLong, build_rows
 from hymba_tune.data.pairs import PairCounts, build_pairs
 from hymba_tune.weights import find_weights
 
@@ -78,7 +78,8 @@ def preview_mix(
 ) -> Preview:
     """The first rows of a mix, out of LOOKED_AT conversations or pairs of it.
 
-    tokenizer_name: a folder, a run, a hub id or `tiny`. Raises UserError for a mix or tokenizer that can't be used.
+    tokenizer_name: a folder, a run, a hub id or `tiny`. Plain text that is too long is split. Raises UserError for a
+    mix or tokenizer that can't be used.
     """
     mix = load_mix(mix_name)
     tokenizer = load_tokenizer(find_weights(tokenizer_name).source)
@@ -89,7 +90,8 @@ def preview_mix(
             pairs, counts = build_pairs(dataset, tokenizer, max_length, too_long, folder=Path(folder) / "rows")
             shown = [_pair(tokenizer, number, row) for number, row in enumerate(_first(pairs, rows), 1)]
         else:
-            packed, counts = build_rows(dataset, tokenizer, max_length, packing, too_long, folder=Path(folder) / "rows")
+            fit: TooLong = "split" if mix.kind == "documents" else too_long
+            packed, counts = build_rows(dataset, tokenizer, max_length, packing, fit, folder=Path(folder) / "rows")
             shown = [_packed(tokenizer, number, row, max_length) for number, row in enumerate(_first(packed, rows), 1)]
     return Preview(mix_name, tokenizer_name, shown, counts)
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from hymba_tune.data.chat import encode_conversation, load_tokenizer
+from hymba_tune.data.chat import load_tokenizer
 from hymba_tune.data.mix import load_mix, realise_mix
+from hymba_tune.data.packing import encode_example
 from hymba_tune.data.pairs import encode_pair
 from hymba_tune.weights import find_weights
 
@@ -24,8 +25,8 @@ PLAIN = "unnamed"
 class SourceStats:
     """One source. lengths: tokens of each conversation (of both together for a pair); learned: those with loss.
 
-    turns: messages of each; languages: code fences by language; repeated: conversations that were there before, in this
-    or another source (a weight above 1 repeats on purpose)
+    turns: messages of each (1 for plain text); languages: code fences by language; repeated: conversations that were
+    there before, in this or another source (a weight above 1 repeats on purpose)
     """
 
     source: str
@@ -88,9 +89,10 @@ def mix_stats(mix_name: str, tokenizer_name: str = "tiny", *, limit: int = 5000,
 
 
 def _count(tokenizer: PreTrainedTokenizerFast, row: dict[str, Any]) -> dict[str, Any]:
-    if "messages" in row:
-        document = encode_conversation(tokenizer, row["messages"], row.get("tools"))
-        length, learned, messages = len(document.input_ids), sum(document.loss_mask), row["messages"]
+    if "prompt" not in row:
+        document = encode_example(tokenizer, row)
+        length, learned = len(document.input_ids), sum(document.loss_mask)
+        messages = row.get("messages") or [{"role": "text", "content": row["text"]}]
     else:
         prompt, chosen, rejected = encode_pair(tokenizer, row)
         length, learned = 2 * len(prompt) + len(chosen) + len(rejected), len(chosen) + len(rejected)

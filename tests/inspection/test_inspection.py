@@ -122,6 +122,17 @@ def test_tokens_of_a_pair_are_those_of_both_conversations(pairs: str) -> None:
     assert source.learned == chosen + rejected
 
 
+def test_plain_text_is_shown_in_pieces_and_counted(tmp_path: Path) -> None:
+    mix = write_mix(tmp_path, {"web": [{"text": "one two three four five six"}]}, "documents")
+    preview = preview_mix(mix, rows=1, max_length=8)
+    (row,) = preview.rows
+    assert next(piece.text for part in row.parts for piece in part.pieces if piece.special) == "<s>"
+    assert preview.counts.split == 1  # type: ignore[union-attr]
+    (source,) = mix_stats(mix).sources
+    assert (source.turns, source.with_system) == ([1], 0)
+    assert source.learned == source.tokens - 1
+
+
 def test_fences_are_counted_by_their_first_word() -> None:
     assert fence_languages(["```Python title=x\na\n```", "```\nb\n```", None, "no ``` fence"]) == {
         "python": 1,
