@@ -18,6 +18,7 @@ from typing import Any
 
 from benchmarks.record import write_result
 from hymba_tune.geometry import Geometry, parameters
+from hymba_tune.paths import REPOSITORY
 from hymba_tune.plan import memory_bytes
 from hymba_tune.recipe import Recipe
 from hymba_tune.run_dir import RunDir
@@ -110,7 +111,11 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, int]:
 def compare(name: str) -> dict[str, Any]:
     """One size: measured in a new process, and planned."""
     answer = subprocess.run(
-        [sys.executable, "-m", "benchmarks.planned_memory", name], check=True, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "benchmarks.planned_memory", name],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
     ).stdout
     measured = json.loads(answer.splitlines()[-1])
     case, mega = CASES[name], 1e6

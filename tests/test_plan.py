@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from benchmarks.planned_memory import CASES, compare
 from hymba_tune import plan as planning
 from hymba_tune.errors import UserError
 from hymba_tune.geometry import Geometry
@@ -180,6 +181,12 @@ def test_each_stage_of_zero_is_told_and_time_from_a_given_or_measured_rate(folde
     Path("run").mkdir()
     Path("run/metrics.jsonl").write_text('{"tokens": 1600, "seconds": 32}\n')
     assert "1.1 min at 50 tokens/s (measured by the run in output.dir)" in printed(plan)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("size", CASES)
+def test_planned_memory_is_within_a_fifth_of_that_of_real_steps(size):
+    assert compare(size)["planned_over_measured"] == pytest.approx(1, abs=0.2)
 
 
 def test_a_plan_loads_no_torch(folder):
