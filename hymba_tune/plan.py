@@ -15,6 +15,7 @@ from rich.table import Table
 
 from hymba_tune.errors import UserError
 from hymba_tune.geometry import PUBLISHED, Geometry, activations, adapter_parameters, parameters
+from hymba_tune.launch import check_launch
 from hymba_tune.provenance import gpus
 from hymba_tune.recipe import DATA_KINDS, AdapterSection, Recipe
 from hymba_tune.zero import States, largest_layer, zero_states
@@ -81,6 +82,7 @@ def make_plans(recipes: Sequence[Recipe]) -> list[Plan]:
     written: dict[str, Start] = {}
     plans = []
     for recipe in recipes:
+        check_launch(recipe)
         start = _start(recipe, written)
         adapter = start.adapter if recipe.model.handoff == "continue" else recipe.adapter
         plans.append(_make_plan(recipe, start, adapter))

@@ -19,6 +19,7 @@ from hymba_tune.errors import UserError
 from hymba_tune.geometry import CONFIG, LEFTOVERS
 from hymba_tune.layers import Origin, Settings, assignment, overlay, read_chain, section
 from hymba_tune.paths import expand, find, is_hub_id, task_file
+from hymba_tune.topology import Sharing, Topology, find_config, read_sharing
 from hymba_tune.trainer_keys import RENAMED, problem, unknown_key
 from hymba_tune.trainer_keys import fields as trainer_fields
 from hymba_tune.yaml_reader import Location, read_yaml
@@ -36,6 +37,9 @@ DATA_KINDS: dict[str, Literal["conversations", "preferences", "documents"]] = {
     "pretrain": "documents",
 }
 """method -> the kind of mix that it learns from."""
+
+# Optimizers that factorise or project a matrix, or step inside the backward pass.
+_BY_MATRIX = ("adafactor", "galore", "apollo", "lomo", "adalomo", "stable_adamw", "grokadamw", "schedule_free")
 
 
 class _Section(BaseModel):
@@ -94,10 +98,25 @@ class TrainerSection(_Section):
 
 
 class LaunchSection(_Section):
-    """The processes: an accelerate configuration of `accelerate_configs/`, and how many."""
+    """The processes: an accelerate configuration, by its name in `accelerate_configs/` or a file, and how many.
 
-    config: Literal["single"] = "single"
+    No step within `step_timeout` minutes: the run is stopped as hung.
+    """
+
+    config: str = "single"
     processes: PositiveInt = 1
+    port: int | None = Field(default=None, ge=1, le=65535)
+    step_timeout: float = Field(default=30.0, gt=0)
+
+    @property
+    def sharing(self) -> Sharing:
+        """How the configuration shares work out; raises UserError if there is no such configuration."""
+        return read_sharing(find_config(self.config))
+
+    @property
+    def topology(self) -> Topology:
+        """Where the processes run: all on this machine."""
+        return Topology(find_config(self.config), self.processes, port=self.port)
 
 
 class EvalSection(_Section):
@@ -138,8 +157,12 @@ class Recipe(_Section):
     @property
     def gradient_accumulation_steps(self) -> int:
         """Micro-batches a step: global_batch / (per_device_train_batch_size * processes)."""
-        rows = self.trainer.per_device_train_batch_size * self.launch.processes
-        return (self.trainer.global_batch or rows) // rows
+        return self.global_batch // (self.trainer.per_device_train_batch_size * self.launch.processes)
+
+    @property
+    def global_batch(self) -> int:
+        """Rows a step over all processes."""
+        return self.trainer.global_batch or self.trainer.per_device_train_batch_size * self.launch.processes
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
@@ -229,6 +252,7 @@ def _with_paths(settings: Settings) -> Settings:
         ("model", "tokenizer", _tokenizer),
         ("data", "mix", _mix),
         ("eval", "data", _existing),
+        ("launch", "config", _launch_config),
     ):
         part = values.get(name)
         if isinstance(part, dict) and isinstance(part.get(key), str):
@@ -272,6 +296,11 @@ def _mix(text: str, origin: Origin, field: str) -> Path:
     if found is None:
         raise UserError(f"{origin.text}: {field}: no mix {text}; give a .yaml file or the name of one in data_mixes/")
     return found
+
+
+def _launch_config(text: str, origin: Origin, field: str) -> str:
+    """A configuration's name, or the path of the user's own file."""
+    return str(_existing(text, origin, field)) if text.endswith((".yaml", ".yml")) else text
 
 
 def _weights(text: str, origin: Origin, field: str) -> str:
@@ -332,8 +361,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[Location, str]]:
             ("adapter", "dropout"),
             f"{dropout}: DPO switches dropout off; set it to 0, or trainer.disable_dropout: false",
         )
-    if launch.config == "single" and launch.processes != 1:
-        yield ("launch", "processes"), f"{launch.processes}: launch.config single is one process"
+    yield from _launch_contradictions(recipe)
     rows = trainer.per_device_train_batch_size * launch.processes
     if trainer.global_batch is not None and trainer.global_batch % rows:
         yield (
@@ -368,6 +396,41 @@ def _schedule_problems(options: dict[str, Any]) -> Iterator[tuple[Location, str]
             ("trainer", "lr_scheduler_kwargs"),
             f"num_decay_steps: {decay}: warmup_stable_decay needs it: a number of steps, or a share of all below 1",
         )
+
+
+def _launch_contradictions(recipe: Recipe) -> Iterator[tuple[Location, str]]:
+    """Ways to share the work out that can't be, or that nobody can mean."""
+    launch, trainer = recipe.launch, recipe.trainer
+    try:
+        sharing = launch.sharing
+    except UserError as error:
+        yield ("launch", "config"), str(error).removeprefix("launch.config: ")
+        return
+    if sharing.kind == "single" and launch.processes != 1:
+        yield ("launch", "processes"), f"{launch.processes}: launch.config single is one process"
+    if sharing.kind in ("ddp", "fsdp") and launch.processes == 1:
+        yield ("launch", "processes"), f"1: {launch.config} shares the work of several; set it to the number of GPUs"
+    optimizer = str((trainer.model_extra or {}).get("optim", "adamw_torch"))
+    reason = _optimizer_problem(optimizer, sharing)
+    if reason:
+        yield ("trainer", "optim"), f"{optimizer}: {reason} under launch.config {launch.config}; use adamw_torch"
+    precompute = (trainer.model_extra or {}).get("precompute_ref_log_probs", True)
+    if recipe.method == "dpo" and sharing.spreads_weights and recipe.adapter is None and not precompute:
+        yield (
+            ("trainer", "precompute_ref_log_probs"),
+            f"false: under {launch.config} the reference would be a second model; leave it at true",
+        )
+
+
+def _optimizer_problem(optimizer: str, sharing: Sharing) -> str | None:
+    """Why an optimizer can't work on weights that are shared out: it would see flat pieces of them."""
+    if sharing.offload and optimizer not in ("adamw_torch", "adamw_torch_fused"):
+        return "steps are taken by DeepSpeed's CPU Adam"
+    if sharing.spreads_weights and ("8bit" in optimizer or "4bit" in optimizer):
+        return "its blocks of quantised state would cross the borders between processes"
+    if sharing.kind in ("deepspeed", "fsdp") and optimizer.startswith(_BY_MATRIX):
+        return "it works on whole matrices, which are cut in pieces"
+    return None
 
 
 _SECTIONS: dict[Location, type[BaseModel]] = {

@@ -12,6 +12,7 @@
     bad-batch-N.json            the batch that stopped the run: token ids, labels, text (N: the process that had it)
     logs/                       what trainer.report_to writes on this machine
     checkpoints/checkpoint-N/   what an interrupted run goes on from
+    ranks/                      what processes other than the first printed, and errors (training in several)
     model/ or adapter/          the result: a checkpoint for from_pretrained, or a PEFT adapter
     eval/before/TASK.json       scores, samples and settings of one task, before and after the stage
     eval/after/TASK.json
@@ -66,6 +67,7 @@ class RunDir:
         self.warnings = self.path / "warnings.json"
         self.logs = self.path / "logs"
         self.checkpoints = self.path / "checkpoints"
+        self.ranks = self.path / "ranks"
         self.model = self.path / "model"
         self.adapter = self.path / "adapter"
         self.eval = self.path / "eval"

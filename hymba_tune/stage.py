@@ -23,8 +23,9 @@ from rich.progress import Progress, TaskID
 
 from hymba_tune.code_version import weights_code
 from hymba_tune.errors import UserError
+from hymba_tune.launch import check_launch, launch
 from hymba_tune.numerics import fix_numerics
-from hymba_tune.recipe import DATA_KINDS, Recipe
+from hymba_tune.recipe import DATA_KINDS, Recipe, load_recipe
 from hymba_tune.run_dir import Moment, RunDir
 from hymba_tune.weights import (
     Weights,
@@ -62,11 +63,13 @@ def run_stage(recipe: Recipe, earlier: Literal["refuse", "rerun", "anew"] = "ref
     from hymba_tune.report.render import write_report
 
     find_tasks(recipe.eval.suites)
+    check_launch(recipe)
     run = RunDir(recipe.output.dir)
     fresh = not run.path.exists()
     with run.locked():
         try:
             state = _begin(run, recipe, earlier)
+            _refuse_other_sharing(recipe, run, state)
             ops.use_backend(recipe.model.backend)
             _fix_numerics(run, state)
             with _step(run, state, "data") as todo:
@@ -159,9 +162,10 @@ def _step(run: RunDir, state: dict[str, Any], name: str) -> Iterator[bool]:
 
 
 def _trained_by(recipe: Recipe) -> dict[str, Any]:
-    """The sections that decide the trained weights."""
+    """What decides the trained weights: not the processes, but the rows a step that follow from them."""
     values = recipe.to_dict()
-    return {name: values[name] for name in ("stage", "method", "model", "data", "adapter", "trainer", "launch")}
+    values["trainer"]["global_batch"] = recipe.global_batch
+    return {name: values[name] for name in ("stage", "method", "model", "data", "adapter", "trainer")}
 
 
 def _fingerprint(recipe: Recipe) -> str:
@@ -300,9 +304,62 @@ def _trainable(recipe: Recipe, run: RunDir, tokenizer: PreTrainedTokenizerFast) 
 
 
 def _train(recipe: Recipe, run: RunDir) -> None:
+    """Train in this process, or in several that launch.py starts and that read everything from the run directory."""
+    if recipe.launch.sharing.kind == "single":
+        _train_here(recipe, run)
+        return
+    _keep_start(recipe, run)
+    launch("hymba_tune.stage:train_rank", [str(run.path)], recipe.launch.topology, run.ranks)
+
+
+def train_rank(folder: str) -> None:
+    """One process' share of the training of the run in `folder`; the first process writes.
+
+    It computes as the run began, but on the threads that accelerate left it.
+    """
+    import torch
+
+    from hymba_tune.model import ops
+
+    run = RunDir(folder)
+    recipe, state = load_recipe(run.recipe), run.read_json(run.state)
+    ops.use_backend(recipe.model.backend)
+    fix_numerics({**state["numerics"], "threads": torch.get_num_threads()})
+    _train_here(recipe, run)
+
+
+def _keep_start(recipe: Recipe, run: RunDir) -> None:
+    """Make the weights that every process starts from, where they are not on disk yet."""
+    from hymba_tune.data.chat import load_tokenizer
+
+    weights = _start_weights(recipe, run)
+    if recipe.adapter and weights.adapters and recipe.model.handoff == "merge" and not run.initial.exists():
+        save_weights(load_weights(weights), run.initial, load_tokenizer(_tokenizer_name(recipe)))
+
+
+def _refuse_other_sharing(recipe: Recipe, run: RunDir, state: dict[str, Any]) -> None:
+    """A checkpoint of DeepSpeed or FSDP holds one piece a process: only as many can go on from it."""
+    sharing = recipe.launch.sharing
+    pieces = [sharing.kind, sharing.stage, recipe.launch.processes] if sharing.kind in ("deepspeed", "fsdp") else None
+    before = state.get("pieces")
+    if before == pieces:
+        return
+    if any(run.checkpoints.glob("checkpoint-*")):
+        kind, stage, processes = before or ("", 0, "one process or ddp")
+        made_by = f"{'fsdp2' if kind == 'fsdp' else f'zero{stage}'} on {processes} processes" if before else processes
+        raise UserError(
+            f"launch: the checkpoints in {run.checkpoints} were made by {made_by}; {recipe.launch.config} on "
+            f"{recipe.launch.processes} can't go on from them: set launch as it was, or start over with --force"
+        )
+    state["pieces"] = pieces
+    run.write_json(run.state, state)
+
+
+def _train_here(recipe: Recipe, run: RunDir) -> None:
     from hymba_tune.data.chat import load_tokenizer
     from hymba_tune.data.packing import load_rows
     from hymba_tune.data.pairs import load_pairs
+    from hymba_tune.training.distributed import is_first_process, whole_weights
     from hymba_tune.training.dpo import train_dpo
     from hymba_tune.training.sft import train_sft
 
@@ -313,7 +370,9 @@ def _train(recipe: Recipe, run: RunDir) -> None:
     validation: dict[str, Any] | None = {unquote(folder.name): load(folder)[0] for folder in held} or None
     model = _trainable(recipe, run, tokenizer)
     trained = train(recipe, model, tokenizer, rows, validation, run)
-    save_weights(trained, run.adapter if hasattr(trained, "peft_config") else run.model, tokenizer)
+    weights = whole_weights(trained)
+    if is_first_process():
+        save_weights(trained, run.adapter if hasattr(trained, "peft_config") else run.model, tokenizer, weights)
 
 
 def _evaluate(recipe: Recipe, run: RunDir, moment: Moment) -> None:

@@ -19,6 +19,7 @@ from hymba_tune.recipe import Recipe
 from hymba_tune.run_dir import RunDir, require_space
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
     from hymba_tune.model import HymbaForCausalLM
@@ -132,15 +133,21 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def save_weights(model: Any, folder: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> None:
-    """Leave the whole checkpoint or adapter in `folder`, or nothing.
+def save_weights(
+    model: Any,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Leave the whole checkpoint or adapter in `folder`, or nothing; `weights` stand in for the model's own.
 
     Raises:
         UserError: the disk has no room for it.
     """
-    require_space(folder, sum(value.numel() * value.element_size() for value in model.parameters()), folder.name)
+    held = model.parameters() if weights is None else weights.values()
+    require_space(folder, sum(value.numel() * value.element_size() for value in held), folder.name)
     with whole_folder(folder) as draft:
-        model.save_pretrained(draft)
+        model.save_pretrained(draft, **({} if weights is None else {"state_dict": dict(weights)}))
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
 

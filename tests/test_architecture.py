@@ -20,17 +20,20 @@ BASE = {"", "code_version", "errors", "layers", "paths", "provenance", "trainer_
 # Parts of the package and what of ours they may import besides BASE and themselves.
 ARROWS: dict[str, set[str]] = {
     **{name: set() for name in BASE},
-    "recipe": {"geometry"},
+    "rank": set(),
+    "topology": set(),
+    "recipe": {"geometry", "topology"},
+    "launch": {"recipe", "topology"},
     "run_dir": set(),
     "hub": set(),
     "geometry": set(),
     "data": set(),
     "model": set(),
     "tiny": {"data", "model"},
-    "plan": {"recipe", "geometry", "data", "tiny", "zero"},
+    "plan": {"recipe", "geometry", "launch", "data", "tiny", "zero"},
     "zero": {"geometry"},
     "doctor": {"model"},
-    "training": {"recipe", "run_dir", "data", "model"},
+    "training": {"recipe", "run_dir", "rank", "data", "model"},
     "evaluation": {"recipe", "run_dir", "data", "model"},
     "report": {"run_dir"},
     "inspection": {"run_dir", "data", "weights", "report"},
@@ -97,7 +100,9 @@ def test_a_library_is_imported_in_its_own_part_only(library):
     assert users <= ONLY_IN[library]
 
 
-@pytest.mark.parametrize("module", ["cli", "recipe", "plan", "run_dir", "doctor", "geometry", "hub"])
+@pytest.mark.parametrize(
+    "module", ["cli", "recipe", "plan", "run_dir", "doctor", "geometry", "hub", "launch", "rank", "topology"]
+)
 def test_light_modules_load_nothing_heavy(module):
     code = (
         f"import sys, hymba_tune.{module}\n"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 from hymba_tune.errors import UserError
 from hymba_tune.model.config import HymbaConfig
@@ -88,24 +88,39 @@ def merge_adapter(model: PeftModel) -> HymbaForCausalLM:
     return merged.requires_grad_(True)
 
 
-def audit_gradients(model: nn.Module) -> None:
-    """After the first backward: every adapted module has a gradient that is not zero.
+class GradientAudit:
+    """Watches from before the first backward that every adapted module gets a gradient that is not zero.
 
-    LoRA's B starts at zero and gets a gradient at once, A only from the second step on, so one of them is enough.
-
-    Raises:
-        UserError: naming the modules that received nothing.
+    LoRA's B starts at zero and gets a gradient at once, A only from the second step on, so one of them is enough. It
+    looks at gradients when they are made: DeepSpeed takes them out of `.grad` at once.
     """
-    silent = [
-        name
-        for name, module in _adapted(model).items()
-        if not any(p.grad is not None and bool(p.grad.any()) for p in module.parameters() if p.requires_grad)
-    ]
-    if silent:
-        raise UserError(
-            f"adapter.targets: no gradient reached {_some(silent)}; the adapter there would never train: "
-            "remove the target, or check that the data has supervised tokens"
-        )
+
+    def __init__(self, model: nn.Module) -> None:
+        self.silent = set(_adapted(model))
+        self._hooks = [
+            parameter.register_hook(lambda gradient, name=name: self._heard(name, gradient))
+            for name, module in _adapted(model).items()
+            for parameter in module.parameters()
+            if parameter.requires_grad
+        ]
+
+    def _heard(self, name: str, gradient: Tensor) -> None:
+        if name in self.silent and bool(gradient.any()):
+            self.silent.discard(name)
+
+    def finish(self) -> None:
+        """Stop watching.
+
+        Raises:
+            UserError: naming the modules that received nothing.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        if self.silent:
+            raise UserError(
+                f"adapter.targets: no gradient reached {_some(sorted(self.silent))}; the adapter there would never "
+                "train: remove the target, or check that the data has supervised tokens"
+            )
 
 
 def _adapted(model: nn.Module) -> dict[str, nn.Module]:

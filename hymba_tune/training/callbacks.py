@@ -15,22 +15,36 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hymba_tune.model.adapter import audit_gradients
+from hymba_tune.model.adapter import GradientAudit
 from hymba_tune.run_dir import RunDir
+from hymba_tune.training.distributed import processes, summed
 
 
 class TokenMeter:
-    """Counts the tokens that go through a trainer; part of every checkpoint, so a resumed run counts on."""
+    """Counts the tokens that go through a trainer, over all its processes; a resumed run counts on."""
 
     def __init__(self) -> None:
         self.tokens = 0
         self.supervised = 0
         self.seconds = 0.0
+        self._own = [0, 0]
 
     def count(self, labels: torch.Tensor, attention_mask: torch.Tensor | None = None) -> None:
         """labels (B, L), -100 where nothing is learned; attention_mask (B, L) where there is padding."""
-        self.tokens += int(labels.numel() if attention_mask is None else attention_mask.sum())
-        self.supervised += int((labels != -100).sum())
+        self._own[0] += int(labels.numel() if attention_mask is None else attention_mask.sum())
+        self._own[1] += int((labels != -100).sum())
+
+    def add_up(self, device: torch.device) -> None:
+        """Take what every process has counted since the last time into the totals. All processes call it together."""
+        tokens, supervised = summed(*self._own, device=device)
+        self.tokens += tokens
+        self.supervised += supervised
+        self._own = [0, 0]
+
+    @property
+    def about(self) -> int:
+        """The tokens with those not added up yet, as if every process had met as many as this one."""
+        return self.tokens + self._own[0] * processes()
 
 
 class MetricsFile(TrainerCallback):
@@ -49,6 +63,8 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if not state.is_world_process_zero:
+            return
         lines = read_metrics(self.path, up_to_step=state.global_step)
         self.path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         trained = [line for line in lines if "loss" in line]
@@ -79,7 +95,11 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not logs or not state.is_world_process_zero:
+        if not logs:
+            return
+        if "loss" in logs:
+            self.meter.add_up(args.device)
+        if not state.is_world_process_zero:
             return
         if "loss" not in logs:
             self._add_validation(state, logs)
@@ -174,13 +194,13 @@ class ProgressBar(TrainerCallback):
         )
         self.bar.add_task(self.title, total=state.max_steps, completed=state.global_step, loss="", rate="", held="")
         self.bar.start()
-        self._began = (time.monotonic(), self.meter.tokens)
+        self._began = (time.monotonic(), self.meter.about)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.bar is None:
             return
         began, tokens = self._began
-        rate = (self.meter.tokens - tokens) / max(time.monotonic() - began, 1e-9)
+        rate = (self.meter.about - tokens) / max(time.monotonic() - began, 1e-9)
         self.bar.update(self.bar.task_ids[0], completed=state.global_step, rate=f"{rate:,.0f} tokens/s")
 
     def on_log(
@@ -210,17 +230,22 @@ class ProgressBar(TrainerCallback):
 
 
 class AdapterAudit(TrainerCallback):
-    """After the first backward of this process: every adapter received a gradient, or the run is refused."""
+    """After the first step of this process: every adapter received a gradient, or the run is refused."""
 
     def __init__(self) -> None:
-        self.done = False
+        self.audit: GradientAudit | None = None
 
-    def on_pre_optimizer_step(
+    def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        if not self.done:
-            audit_gradients(model)
-            self.done = True
+        self.audit = GradientAudit(model)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.audit is not None:
+            self.audit.finish()
+            self.audit = None
 
 
 class EarlyWarnings(TrainerCallback):

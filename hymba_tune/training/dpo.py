@@ -25,7 +25,7 @@ from trl import DPOConfig, DPOTrainer
 from hymba_tune.errors import UserError
 from hymba_tune.recipe import Recipe
 from hymba_tune.run_dir import RunDir
-from hymba_tune.training.trainer import MeteredTrainer, common_arguments, run_training
+from hymba_tune.training.trainer import MeteredTrainer, make_arguments, run_training
 
 # TRL's name for the frozen copy of an adapter.
 REFERENCE_ADAPTER = "ref"
@@ -72,8 +72,11 @@ def train_dpo(
     """
     model.eval()  # no dropout in the reference's log-probabilities
     try:
-        arguments = DPOConfig(
-            **{"precompute_ref_log_probs": True, **common_arguments(recipe, run)},
+        arguments = make_arguments(
+            DPOConfig,
+            recipe,
+            run,
+            precompute_ref_log_probs=True,
             max_length=None,  # data/pairs.py has dropped or cut what is too long
         )
         trainer = HymbaDPOTrainer(

@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 from hymba_tune.errors import UserError
 from hymba_tune.recipe import Recipe
 from hymba_tune.run_dir import RunDir
-from hymba_tune.training.trainer import MeteredTrainer, common_arguments, run_training
+from hymba_tune.training.trainer import MeteredTrainer, make_arguments, run_training
 
 
 class HymbaSFTTrainer(MeteredTrainer, SFTTrainer):
@@ -40,8 +40,10 @@ def train_sft(
         UserError: the settings contradict each other, an adapter gets no gradient, or the loss is no number.
     """
     try:
-        arguments = SFTConfig(
-            **common_arguments(recipe, run),
+        arguments = make_arguments(
+            SFTConfig,
+            recipe,
+            run,
             # Rows are made: TRL only collates them, flat and without padding, with every document's boundaries.
             dataset_kwargs={"skip_prepare_dataset": True},
             packing=True,

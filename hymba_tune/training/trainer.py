@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -20,7 +21,9 @@ from transformers.trainer_callback import PrinterCallback
 from hymba_tune.recipe import Recipe
 from hymba_tune.run_dir import RunDir
 from hymba_tune.training.callbacks import AdapterAudit, EarlyWarnings, MetricsFile, ProgressBar, TokenMeter
+from hymba_tune.training.distributed import set_up_deepspeed
 from hymba_tune.training.guards import FiniteSteps, require_checkpoint_space
+from hymba_tune.training.watchdog import StepWatchdog
 
 # Decay pulls towards zero: wrong for decay rates, skips, norms, biases and the learned meta tokens.
 _NOT_DECAYED = re.compile(r"(A_log|(^|\.)D\.\d|norm|bias|memory_tokens|lora_magnitude)")
@@ -45,6 +48,14 @@ class MeteredTrainer(Trainer):
 
     meter: TokenMeter
     steps: FiniteSteps
+    # Set where accelerate's own mixed precision would cast every parameter: operations choose their dtype instead.
+    autocasts = False
+
+    def compute_loss_context_manager(self) -> contextlib.ExitStack:
+        contexts = super().compute_loss_context_manager()
+        if self.autocasts:
+            contexts.enter_context(torch.autocast(self.args.device.type, torch.bfloat16))
+        return contexts
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         self.count_tokens(inputs)
@@ -116,18 +127,19 @@ class MeteredTrainer(Trainer):
         """TRL's card says nothing about data or scores; export writes a real one."""
 
 
-def common_arguments(recipe: Recipe, run: RunDir) -> dict[str, Any]:
-    """Keyword arguments for TRL's config classes: the recipe's over our defaults, and what a run decides itself."""
+def make_arguments(kind: type, recipe: Recipe, run: RunDir, **own: Any) -> Any:
+    """TRL's config class `kind`: the recipe's keys over `own` and our defaults, and what a run decides itself."""
     _log_into(run)
-    on_gpu = torch.cuda.is_available()
+    on_gpu, sharing = torch.cuda.is_available(), recipe.launch.sharing
     saved = recipe.trainer_arguments.get("save_steps", 100)
-    return {
+    arguments: dict[str, Any] = {
         "activation_checkpointing": True,
         "logging_steps": 10,
         "save_strategy": "steps",
         "save_steps": 100,
         "save_total_limit": 2,
         "report_to": "none",
+        **own,
         "seed": recipe.data.seed,
         "per_device_eval_batch_size": recipe.trainer.per_device_train_batch_size,
         **({"eval_strategy": "steps", "eval_steps": saved} if recipe.data.validation else {}),
@@ -136,17 +148,27 @@ def common_arguments(recipe: Recipe, run: RunDir) -> dict[str, Any]:
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,  # FiniteSteps looks at every step; the filter would hide one in the log
         "use_cpu": not on_gpu,
-        "bf16": recipe.model.dtype == "bfloat16" or (recipe.model.dtype == "auto" and on_gpu),
+        "bf16": computes_in_bfloat16(recipe) and sharing.kind not in ("deepspeed", "fsdp"),
     }
+    made = kind(**arguments)
+    set_up_deepspeed(made, computes_in_bfloat16(recipe))
+    return made
+
+
+def computes_in_bfloat16(recipe: Recipe) -> bool:
+    """Whether operations that stand it run in bfloat16; weights are float32 always."""
+    return recipe.model.dtype == "bfloat16" or (recipe.model.dtype == "auto" and torch.cuda.is_available())
 
 
 def run_training(trainer: Any, recipe: Recipe, run: RunDir) -> None:
     """Train to the end, going on from the last whole checkpoint if there is one."""
     trainer.meter = TokenMeter()
     trainer.steps = FiniteSteps(run, trainer.processing_class)
+    trainer.autocasts = recipe.launch.sharing.kind == "fsdp" and computes_in_bfloat16(recipe)
     bar = ProgressBar(recipe.stage, trainer.meter)
     trainer.remove_callback(PrinterCallback)
-    for callback in (MetricsFile(run.metrics, trainer.meter), EarlyWarnings(run), bar):
+    watchdog = StepWatchdog(recipe.launch.step_timeout)
+    for callback in (MetricsFile(run.metrics, trainer.meter), EarlyWarnings(run), bar, watchdog):
         trainer.add_callback(callback)
     if recipe.adapter is not None:
         trainer.add_callback(AdapterAudit())
@@ -154,6 +176,7 @@ def run_training(trainer: Any, recipe: Recipe, run: RunDir) -> None:
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     finally:
+        watchdog.stop()
         bar.close()
 
 
@@ -171,7 +194,7 @@ def last_whole_checkpoint(checkpoints: Path) -> Path | None:
     for folder in checkpoints.glob("checkpoint-*"):
         state = _state(folder)
         if state is None:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # another process may do the same
         else:
             found[int(state["global_step"])] = folder
     return found[max(found)] if found else None

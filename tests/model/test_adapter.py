@@ -8,7 +8,7 @@ import torch
 
 from hymba_tune.errors import UserError
 from hymba_tune.model import HymbaConfig, HymbaForCausalLM
-from hymba_tune.model.adapter import DEFAULT_TARGETS, attach_adapter, audit_gradients, load_adapter, merge_adapter
+from hymba_tune.model.adapter import DEFAULT_TARGETS, GradientAudit, attach_adapter, load_adapter, merge_adapter
 
 # One product more (B A x) than the merged weight's, in float64.
 MERGE_TOLERANCE = 1e-9
@@ -33,8 +33,9 @@ IDS = torch.arange(2, 14).reshape(2, 6)
 @pytest.mark.parametrize("kind", ["dora", "lora"])
 def test_every_adapter_gets_a_gradient_at_the_first_step(model: HymbaForCausalLM, kind: str) -> None:
     adapted = attach_adapter(model, kind, r=2)
+    audit = GradientAudit(adapted)
     adapted(input_ids=IDS, labels=IDS).loss.backward()
-    audit_gradients(adapted)
+    audit.finish()
     trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert all("lora_" in name for name in trained)
     for target in DEFAULT_TARGETS:
@@ -43,12 +44,12 @@ def test_every_adapter_gets_a_gradient_at_the_first_step(model: HymbaForCausalLM
 
 def test_an_adapter_that_gets_no_gradient_is_named(model: HymbaForCausalLM) -> None:
     adapted = attach_adapter(model, r=2)
-    adapted(input_ids=IDS, labels=IDS).loss.backward()
     dead = adapted.get_submodule("base_model.model.model.layers.1.mamba.x_proj.0")
-    for parameter in dead.parameters():
-        parameter.grad = None
+    dead.register_forward_hook(lambda module, inputs, output: output.detach())
+    audit = GradientAudit(adapted)
+    adapted(input_ids=IDS, labels=IDS).loss.backward()
     with pytest.raises(UserError, match=r"no gradient reached .*layers\.1\.mamba\.x_proj\.0"):
-        audit_gradients(adapted)
+        audit.finish()
 
 
 @pytest.mark.parametrize(

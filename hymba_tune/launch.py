@@ -1,0 +1,167 @@
+"""Several processes for one piece of work: `accelerate launch`, watched, and ended with everything below it.
+
+    this process -> one that runs accelerate (rank.py, host) -> the ranks (rank.py, work) -> a function of ours
+
+Rank 0 prints to this terminal, the others to files. Whatever goes wrong comes back as one error: that of the rank that
+failed first. However this process ends, nothing that it started stays: the kernel ends each process with its parent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hymba_tune.errors import UserError
+from hymba_tune.provenance import gpus, version
+from hymba_tune.recipe import Recipe
+from hymba_tune.topology import Topology
+
+# What torchrun waits between asking ranks to end and ending them, and some.
+PATIENCE_SECONDS = 40.0
+# A rank that another's failure ended: by torchrun (SIGTERM), or by a connection that broke.
+_ENDED_BY_US = {-signal.SIGTERM, -signal.SIGINT}
+
+
+class RankFailed(Exception):
+    """A rank ended by an error that is no mistake of the user's; the message names rank, error and log."""
+
+
+def check_launch(recipe: Recipe) -> None:
+    """What this machine lacks for the recipe's `launch` section.
+
+    Raises:
+        UserError: naming it, and what to install or to take instead.
+    """
+    launch = recipe.launch
+    sharing = launch.sharing
+    devices = len(gpus())
+    if sharing.kind == "fsdp" and not devices:
+        raise UserError(
+            f"launch.config: {launch.config}: FSDP2 needs GPUs, and there is none here (on a CPU accelerate would run "
+            "plain DDP and not say so); use ddp, zero2 or zero3"
+        )
+    if sharing.kind == "deepspeed" and version("deepspeed") is None:
+        raise UserError(f"launch.config: {launch.config} needs DeepSpeed: pip install 'hymba-tune[deepspeed]'")
+    if sharing.kind == "deepspeed" and (sharing.offload or not devices):
+        _check_compiling(launch.config)
+    if devices and launch.processes > devices:
+        raise UserError(f"launch.processes: {launch.processes}, but there are {devices} GPUs here; set it to {devices}")
+
+
+def _check_compiling(config: str) -> None:
+    """DeepSpeed builds CPU Adam for offloading, and a shared-memory operation for processes on a CPU."""
+    for tools, remedy in ((("c++", "g++"), "install g++"), (("ninja",), "pip install ninja")):
+        if not any(shutil.which(tool, path=_environment()["PATH"]) for tool in tools):
+            raise UserError(f"launch.config: {config}: DeepSpeed compiles here and finds no {tools[-1]}; {remedy}")
+
+
+def launch(function: str, arguments: Sequence[str], topology: Topology, reports: Path) -> None:
+    """Call a function in every process of a topology, and return when all have returned.
+
+    Args:
+        function: `package.module:name`; it finds rank and world size in the environment, as torchrun sets them.
+        arguments: texts that it is called with.
+        reports: a folder for what ranks other than 0 print and for errors; emptied first. All machines share it.
+
+    Raises:
+        UserError: a rank raised one, or was killed; the message is that of the first.
+        RankFailed: a rank raised something else first.
+        KeyboardInterrupt, SystemExit: this process got SIGINT, or SIGTERM; the ranks were told.
+    """
+    _empty(reports, topology.machine)
+    command = [sys.executable, "-m", "hymba_tune.rank", "host", str(os.getpid()), str(reports)]
+    command += [*topology.arguments(), "-m", "hymba_tune.rank", "work", str(reports), function, *arguments]
+    process = subprocess.Popen(command, env=_environment(), start_new_session=True)
+    with _forwarded_signals(process) as received:
+        try:
+            code = process.wait()
+        finally:
+            _end(process)
+    if received:
+        raise KeyboardInterrupt if received[0] == signal.SIGINT else SystemExit(128 + received[0])
+    if code:
+        raise _first_failure(reports, code)
+
+
+def _empty(reports: Path, machine: int) -> None:
+    if machine == 0:
+        shutil.rmtree(reports, ignore_errors=True)
+    reports.mkdir(parents=True, exist_ok=True)
+
+
+def _environment() -> dict[str, str]:
+    """This process' environment, in which this package and this Python's commands (ninja) are found first."""
+    package, commands = str(Path(__file__).resolve().parents[1]), str(Path(sys.executable).parent)
+    return {
+        **os.environ,
+        "PYTHONPATH": _joined(package, os.environ.get("PYTHONPATH", "")),
+        "PATH": _joined(commands, os.environ.get("PATH", os.defpath)),
+    }
+
+
+def _joined(first: str, others: str) -> str:
+    return os.pathsep.join(dict.fromkeys(filter(None, [first, *others.split(os.pathsep)])))
+
+
+@contextmanager
+def _forwarded_signals(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """SIGINT and SIGTERM of this process end the ranks in order; yields those that came.
+
+    A second one ends them at once.
+    """
+    received: list[int] = []
+
+    def forward(number: int, frame: object) -> None:
+        received.append(number)
+        process.send_signal(signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Leave nothing of a process that is running still."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _first_failure(reports: Path, code: int) -> Exception:
+    """The error that came first, from what ranks and hosts left in the reports."""
+    hosts = [json.loads(path.read_text(encoding="utf-8")) for path in reports.glob("host-*.json")]
+    codes = {int(rank): code for host in hosts for rank, code in host["exit_codes"].items()}
+    killed = {rank: code for rank, code in codes.items() if code < 0 and code not in _ENDED_BY_US}
+    if killed:
+        rank, code = min(killed.items())
+        name = signal.Signals(-code).name
+        hint = " (out of memory, as a rule: lower trainer.per_device_train_batch_size or data.max_length, or take "
+        hint += "another launch.config)"
+        return UserError(f"rank {rank} was ended by {name}{hint if name == 'SIGKILL' else ''}; logs in {reports}")
+    failures: list[dict[str, Any]] = sorted(
+        (json.loads(path.read_text(encoding="utf-8")) for path in reports.glob("rank-*.json")),
+        key=lambda failure: failure["time"],
+    )
+    failures += [host for host in hosts if "message" in host]
+    if not failures:
+        return RankFailed(f"the processes ended with code {code} and left no error; logs in {reports}")
+    first = failures[0]
+    if first["user_error"]:
+        return UserError(first["message"])
+    where = f"rank {first['rank']} ({reports / 'rank-'}{first['rank']}.log)" if "rank" in first else "the launcher"
+    return RankFailed(f"{first['type']} in {where}: {first['message']}")

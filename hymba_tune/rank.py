@@ -1,0 +1,114 @@
+"""What runs inside the processes that launch.py starts: one that runs accelerate, and the ranks that it starts.
+
+    python -m hymba_tune.rank host PARENT REPORTS ARGUMENTS    runs `accelerate launch ARGUMENTS`
+    python -m hymba_tune.rank work REPORTS FUNCTION ARGUMENTS  runs FUNCTION (module:name) on text arguments
+
+Each dies with the process that started it, however that one ends. Ranks other than 0 write what they print to
+REPORTS/rank-N.log; a rank that fails leaves REPORTS/rank-N.json, with its error and when it came.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hymba_tune.errors import UserError
+
+HOST = "HYMBA_TUNE_HOST"
+"""Environment variable: the process that runs accelerate, which the ranks must not survive."""
+REPORTS = "HYMBA_TUNE_REPORTS"
+"""Environment variable of a rank: the folder that its error goes to."""
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process as soon as its parent, process id `parent`, has ended (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the kernel was asked
+        os._exit(1)
+
+
+def host(parent: int, reports: Path, arguments: Sequence[str]) -> int:
+    """Run `accelerate launch`; what it knows of ranks that a signal ended goes to reports/host-PID.json."""
+    die_with_parent(parent)
+    os.environ[HOST] = str(os.getpid())
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.disable(logging.CRITICAL)  # torchrun tells every failure at length; launch.py tells the first, once
+    try:
+        launch_command(launch_command_parser().parse_args(list(arguments)))
+    except ChildFailedError as error:
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        _write(reports / f"host-{os.getpid()}.json", {"exit_codes": codes})
+        return 1
+    except Exception as error:
+        _write(reports / f"host-{os.getpid()}.json", {"exit_codes": {}, **_described(error)})
+        return 1
+    return 0
+
+
+def work(reports: Path, function: str, arguments: Sequence[str]) -> int:
+    """Run one rank's share."""
+    die_with_parent(int(os.environ[HOST]))
+    rank = int(os.environ.get("RANK", "0"))
+    log = reports / f"rank-{rank}.log"
+    os.environ[REPORTS] = str(reports)
+    if rank:
+        _print_to(log)
+    try:
+        module, _, name = function.partition(":")
+        getattr(importlib.import_module(module), name)(*arguments)
+    except Exception as error:
+        report_failure(reports, error)
+        return 1
+    return 0
+
+
+def report_failure(reports: Path, error: BaseException) -> None:
+    """Leave this rank's error where launch.py looks for it, and the traceback in its log."""
+    rank = int(os.environ.get("RANK", "0"))
+    with (reports / f"rank-{rank}.log").open("a", encoding="utf-8") as file:
+        file.write("".join(traceback.format_exception(error)))
+    _write(reports / f"rank-{rank}.json", {"rank": rank, "time": time.time(), **_described(error)})
+
+
+def _described(error: BaseException) -> dict[str, Any]:
+    kind = type(error)
+    return {"user_error": isinstance(error, UserError), "type": kind.__name__, "message": str(error)}
+
+
+def _write(path: Path, value: Any) -> None:
+    draft = path.with_suffix(".partial")
+    draft.write_text(json.dumps(value), encoding="utf-8")
+    draft.replace(path)
+
+
+def _print_to(path: Path) -> None:
+    """Everything that this process and its children print, also from C, goes to a file."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    os.close(file)
+
+
+def main(arguments: Sequence[str]) -> int:
+    role, *rest = arguments
+    if role == "host":
+        return host(int(rest[0]), Path(rest[1]), rest[2:])
+    return work(Path(rest[0]), rest[1], rest[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
