@@ -65,11 +65,11 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor] | None:
 
 
 def _gathered(model: nn.Module) -> dict[str, Tensor]:
-    """ZeRO-3's pieces put together, one parameter at a time."""
+    """ZeRO-3's pieces put together, one parameter at a time; of tied weights the first name."""
     import deepspeed
 
     whole: dict[str, Tensor] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
         with deepspeed.zero.GatheredParameters([value] if hasattr(value, "ds_id") else []):
             if is_first_process():
                 whole[name] = value.detach().cpu().clone()
