@@ -12,27 +12,37 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hymba_tune.data.synthetic import GENERATORS, raw_document
+from hymba_tune.data.synthetic import GENERATORS, functions, raw_document, words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from hymba_tune.model import HymbaConfig
 
-VOCABULARY = 1792
+VOCABULARY = 2048
+
+# Words that are copied from prose into code, JSON and lists, besides those that begin with a capital letter.
+_COPIED = (
+    *(words.THINGS + words.CONTAINERS + words.PLACES + words.ROOMS + words.DEVICES + words.FOODS + words.ANIMALS),
+    *(words.COLORS + functions.FUNCTION_NAMES + functions.PARAMETER_NAMES),
+    *("on", "off", "dollars", "euros", "pounds", "yen", "francs", "pesos"),
+)
+_COPIED_WORD = rf"(?:(?:{'|'.join(sorted(_COPIED))})\b|\p{{Lu}})"
 
 # What counts as a word for the tokenizer. Chat markers, and the structure of JSON around keys, may become one token:
-# short sequences are cheap. Digits stay single, so that arithmetic sees them. A capitalised word never takes the space
-# before it along: a name is the same token in prose, at the start of a line and in JSON, which makes it easy to copy.
+# short sequences are cheap. Digits stay single, so that arithmetic sees them. A space belongs to the word after it, but
+# for copied words to what stands before: they are the same token everywhere, which makes them easy to copy.
 _WORDS = "|".join(
     (
         r"\n*<extra_id_\d>[A-Z][a-z]+\n?",
         r"\s?</?tool(?:call)?>\s?",
         r'(?:[\]}",]*,? ?[{\[]*"[a-z_]+": ?[\[{]*)+"?',
-        r" ?\p{L}+",
+        rf"(?={_COPIED_WORD})\p{{L}}+",
+        rf" (?={_COPIED_WORD})",
+        rf" ?\p{{L}}+(?: (?={_COPIED_WORD}))?",
         r"_\p{L}+",
         r"\d",
-        r" ?[^\s\p{L}\d]+",
+        rf" ?[^\s\p{{L}}\d]+(?: (?={_COPIED_WORD}))?",
         r"\n *",
         r"\s",
     )
@@ -105,12 +115,19 @@ def _tokenizer_text() -> Iterator[str]:
     yield from (raw_document(rng) for _ in range(4000))
     template = CHAT_TEMPLATE.read_text(encoding="utf-8")
     for generate in GENERATORS.values():
-        for conversation in (generate(rng) for _ in range(1500)):
+        for conversation in (generate(rng) for _ in range(1000)):
             rendered: Any = render_jinja_template(
-                conversations=[conversation["messages"]],
+                conversations=[_messages(conversation)],
                 tools=conversation.get("tools"),
                 chat_template=template,
                 split_special_tokens=True,
                 eos_token="</s>",
             )
             yield from rendered[0][0].split("</s>")
+
+
+def _messages(conversation: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of a preference pair: the prompt with both replies, one after the other."""
+    if "messages" in conversation:
+        return conversation["messages"]
+    return [*conversation["prompt"], *conversation["chosen"], *conversation["rejected"]]

@@ -60,13 +60,16 @@ def _with_lm_eval(read: Callable[[Data], Any]) -> Callable[[Data], Any]:
     return rows
 
 
-def _embedded(name: str) -> Task:
-    protocol = f"{name}: {embedded.ITEMS} embedded held-out items, exact match v1"
-    return Task(protocol, scorers.METRIC, lambda data: embedded.held_out_items(name), embedded.run_embedded)
-
-
 TASKS: dict[str, Task] = {
-    **{name: _embedded(name) for name in embedded.TASKS},
+    **{
+        name: Task(
+            protocol,
+            embedded.HEADLINES[name],
+            partial(embedded.held_out_items, name),
+            embedded.run_embedded,
+        )
+        for name, protocol in embedded.PROTOCOLS.items()
+    },
     **{
         name: Task(protocol, gsm8k.HEADLINE, _with_lm_eval(gsm8k.gsm8k_splits), partial(gsm8k.run_gsm8k, name))
         for name, protocol in gsm8k.PROTOCOLS.items()
@@ -96,7 +99,7 @@ TASKS: dict[str, Task] = {
 SUITES: dict[str, tuple[str, ...]] = {
     "paper": ("mmlu", "ifeval", "gsm8k", "gpqa", "bfcl_v2"),
     "rolebench": ("rolebench_instruction", "rolebench_role"),
-    "tiny": embedded.TASKS,
+    "tiny": ("tiny_math", "tiny_code", "tiny_calls"),
 }
 """`paper` is what table 4 of the paper reports, `rolebench` its table 5."""
 

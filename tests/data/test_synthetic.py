@@ -10,12 +10,33 @@ from typing import Any
 
 import pytest
 
-from hymba_tune.data.synthetic import GENERATORS, calls, functions, held_out, raw_document, word_problems
+from hymba_tune.data.synthetic import (
+    GENERATORS,
+    calls,
+    constraints,
+    functions,
+    held_out,
+    manners,
+    questions,
+    raw_document,
+    roles,
+    word_problems,
+    words,
+)
 from hymba_tune.data.synthetic.problem import HELD_OUT_EVERY
 from hymba_tune.errors import UserError
 
 NAMES = sorted(GENERATORS)
-DRAWERS = {"tiny_math": word_problems.draw, "tiny_code": functions.draw, "tiny_calls": calls.draw}
+DRAWERS = {
+    "tiny_math": word_problems.draw,
+    "tiny_code": functions.draw,
+    "tiny_calls": calls.draw,
+    "tiny_constraints": constraints.draw,
+    "tiny_chat": manners.draw_chat,
+    "tiny_preferences": manners.draw_pair,
+    "tiny_roles": roles.draw,
+}
+WORKED = ("tiny_math", "tiny_code", "tiny_calls")
 EQUATION = re.compile(r"(\d+) ([-+*]) (\d+) = (\d+)")
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
@@ -57,7 +78,7 @@ def test_a_seed_always_gives_the_same_conversations(name):
 
 
 def test_the_items_are_the_ones_that_published_scores_were_made_with():
-    first = {name: held_out(name, 1)[0]["target"] for name in NAMES}
+    first = {name: held_out(name, 1)[0]["target"] for name in WORKED}
     assert first == {
         "tiny_calls": [{"name": "find_train", "arguments": {"start": "Lima", "end": "Athens", "day": "Tuesday"}}],
         "tiny_code": "def check(n):\n    return n - 8 + 7",
@@ -65,12 +86,46 @@ def test_the_items_are_the_ones_that_published_scores_were_made_with():
     }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WORKED)
 def test_no_held_out_content_is_worked_in_training(name):
     trained = {content for example in training(name, 4000) for content in contents(name, example["messages"])}
     scored = [contents(name, [problem.reply])[0] for problem in evaluation_problems(name, 300)]
     assert len(set(scored)) > 150, "few items, often repeated"
     assert not trained & set(scored)
+
+
+PATTERNS = {
+    kind.told: re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\w+)", re.escape(kind.told))) for kind in questions.KINDS
+}
+
+
+def facts(text):
+    """The keys of all facts that a text tells, found by their wording."""
+    matches = [match for pattern in PATTERNS.values() for match in pattern.finditer(text)]
+    return {("fact", *(match[name] for name in sorted(match.groupdict()))) for match in matches}
+
+
+def texts(example):
+    turns = example.get("messages") or [*example["prompt"], *example["chosen"], *example["rejected"]]
+    return "\n".join(message["content"] or "" for message in turns)
+
+
+@pytest.mark.parametrize("name", ["tiny_chat", "tiny_preferences", "tiny_roles"])
+def test_no_fact_that_is_asked_about_in_evaluation_is_told_in_training(name):
+    trained = set().union(*(facts(texts(example)) for example in training(name, 1500)))
+    asked = {problem.key for problem in evaluation_problems(name, 300) if problem.key[0] == "fact"}
+    assert len(asked) > 100
+    assert len(trained) > 800
+    assert not trained & asked
+
+
+def test_no_constrained_request_is_both_trained_and_evaluated():
+    """Names of things of a kind make a small space, in which chance would bring the same request again."""
+    requests = [example["messages"][:-1] for example in training("tiny_constraints", 6000)]
+    trained = {json.dumps(messages) for messages in requests}
+    held = {json.dumps(item["messages"]) for item in held_out("tiny_constraints", 500)}
+    assert len(trained) < len(requests)
+    assert not trained & held
 
 
 def test_no_held_out_content_stands_in_pretraining_documents():
@@ -82,6 +137,9 @@ def test_no_held_out_content_stands_in_pretraining_documents():
     records = set(re.findall(r"\{.*\}", text))
     assert not bodies & lines
     assert not arguments & records
+    asked = {problem.key for problem in evaluation_problems("tiny_preferences", 300)}
+    assert not asked & facts(text)
+    assert len(facts(text)) > 1000
     assert any("if x" in line for line in lines)
     assert any('"city"' in record for record in records)
 
@@ -93,11 +151,11 @@ def test_pretraining_documents_have_neither_the_chat_format_nor_the_answers_form
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_held_out_items_are_distinct_prompts_that_end_with_the_user(name):
+def test_held_out_items_are_distinct_prompts_to_answer(name):
     items = held_out(name, 300)
     assert len({item["id"] for item in items}) == 300
     assert len({json.dumps([item["messages"], item.get("tools")]) for item in items}) == 300
-    assert all(item["messages"][-1]["role"] == "user" for item in items)
+    assert all(item["messages"][-1]["role"] in ("user", "tool") for item in items)
     assert held_out(name, 50) == items[:50]
 
 
@@ -208,6 +266,54 @@ def test_calls_come_in_every_shape():
         shapes["two calls"] += any(len(message.get("tool_calls", [])) == 2 for message in example["messages"])
         shapes["several functions"] += len(example["tools"]) > 1
     assert all(30 <= count <= 400 for count in shapes.values()), shapes
+
+
+def test_constrained_requests_come_in_every_shape():
+    shapes: Counter[str] = Counter()
+    for problem in (constraints.draw(random.Random(seed)) for seed in range(500)):
+        shapes.update(name for name, *_ in problem.target)
+        shapes["system"] += problem.prompt[0]["role"] == "system"
+        shapes["second turn"] += len(problem.prompt) == 3
+    names = "upper lower dashes numbers commas JSON words kind sentence begin end quoted without".split()
+    assert set(shapes) == {*names, "system", "second turn"}
+    assert all(25 <= count <= 250 for count in shapes.values()), shapes
+
+
+def test_a_pair_is_a_right_and_kind_reply_and_one_with_a_fault():
+    faults: Counter[str] = Counter()
+    for problem in (manners.draw_pair(random.Random(seed)) for seed in range(500)):
+        chosen, rejected, target = problem.reply["content"], problem.rejected["content"], problem.target
+        assert target["right"] in chosen
+        assert any(phrase in chosen for phrase in target["kind"])
+        assert not any(phrase in chosen for phrase in target["not"])
+        faults["rude or declining"] += any(phrase in rejected for phrase in target["not"])
+        faults["not right"] += target["right"] not in rejected
+        assert any(phrase in rejected for phrase in target["not"]) or target["right"] not in rejected
+    assert faults["rude or declining"] > 200
+    assert faults["not right"] > 200
+
+
+def test_pairs_come_with_tools_several_turns_and_requests_to_decline():
+    problems = [manners.draw_pair(random.Random(seed)) for seed in range(500)]
+    shapes = {
+        "tools": [problem for problem in problems if problem.tools],
+        "second turn": [problem for problem in problems if len(problem.prompt) == 3 and not problem.tools],
+        "declined": [problem for problem in problems if problem.target["right"] == questions.DECLINED],
+    }
+    assert all(40 <= len(found) <= 200 for found in shapes.values()), {name: len(found) for name, found in shapes.items()}
+    assert all(problem.prompt[-1]["role"] == "tool" for problem in shapes["tools"])
+
+
+def test_personas_answer_in_their_own_voice():
+    seen: Counter[str] = Counter()
+    for problem in (roles.draw(random.Random(seed)) for seed in range(300)):
+        (persona,) = (name for name in roles.STYLES if name in problem.prompt[0]["content"])
+        openings, closings = words.VOICES[persona]
+        seen[persona] += 1
+        assert problem.reply["content"] in problem.target
+        assert len(problem.target) == len(set(problem.target)) == len(openings) * len(closings)
+        assert all(text.startswith(openings) and text.endswith(closings) for text in problem.target)
+    assert set(seen) == set(roles.STYLES) < set(words.VOICES)
 
 
 def test_an_unknown_generator_is_named_with_the_known_ones():

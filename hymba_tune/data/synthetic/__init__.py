@@ -2,10 +2,12 @@
 
     problem.py        a problem, its key, and the split by keys that keeps evaluation apart from training
     word_problems.py  tiny_math    functions.py  tiny_code    calls.py  tiny_calls
+    constraints.py  tiny_constraints    manners.py  tiny_chat, tiny_preferences    roles.py  tiny_roles
+    questions.py  what the last three ask
     documents.py      plain text for pretraining the embedded base: the same world, no chat, no answers
     words.py          the world's words
 
-A generator gives training conversations; `held_out` gives evaluation items, none of which any generator can draw.
+A generator gives training conversations (tiny_preferences: pairs); `held_out` gives evaluation items, none of which any generator can draw.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from hymba_tune.data.synthetic import calls, functions, word_problems
+from hymba_tune.data.synthetic import calls, constraints, functions, manners, roles, word_problems
 from hymba_tune.data.synthetic.documents import raw_document
 from hymba_tune.data.synthetic.problem import Problem
 from hymba_tune.errors import UserError
@@ -28,6 +30,10 @@ _DRAWERS: dict[str, Callable[[random.Random], Problem]] = {
     "tiny_math": word_problems.draw,
     "tiny_code": functions.draw,
     "tiny_calls": calls.draw,
+    "tiny_constraints": constraints.draw,
+    "tiny_chat": manners.draw_chat,
+    "tiny_preferences": manners.draw_pair,
+    "tiny_roles": roles.draw,
 }
 
 
@@ -44,7 +50,7 @@ def _training_generator(draw: Callable[[random.Random], Problem]) -> Callable[[r
 GENERATORS: dict[str, Callable[[random.Random], dict[str, Any]]] = {
     name: _training_generator(draw) for name, draw in _DRAWERS.items()
 }
-"""name -> a function that draws one training conversation: {"messages", "tools"?}."""
+"""name -> a function that draws one training conversation: {"messages", "tools"?}, or pair."""
 
 DOCUMENT_GENERATORS: dict[str, Callable[[random.Random], dict[str, Any]]] = {
     "tiny_documents": lambda rng: {"text": raw_document(rng)}

@@ -1,8 +1,8 @@
 """Plain text that the embedded base is pretrained on: the world of the tasks without chat, questions or their answers.
 
 Single equations but no chains, notes that pair a wish with an expression or with JSON values, lists of functions,
-small stories, words in other orders and cases. Whatever could be a problem's content is drawn from the training
-side of the split.
+small stories, facts said again in other words and manners, words in other orders, layouts and cases. Whatever could be
+a problem's content is drawn from the training side of the split.
 """
 
 from __future__ import annotations
@@ -12,11 +12,16 @@ import random
 from collections.abc import Callable
 
 from hymba_tune.data.synthetic import words
-from hymba_tune.data.synthetic.calls import FUNCTIONS, draw_call
-from hymba_tune.data.synthetic.functions import draw_task
+from hymba_tune.data.synthetic.calls import FUNCTIONS, Call, draw_call
+from hymba_tune.data.synthetic.functions import FUNCTION_NAMES, PARAMETER_NAMES, draw_task
 from hymba_tune.data.synthetic.problem import is_held_out
+from hymba_tune.data.synthetic.questions import Fact, draw_fact
 from hymba_tune.data.synthetic.word_problems import LARGEST
 
+_POOL = (
+    *(words.NAMES + words.CITIES + words.DAYS + words.COLORS + words.THINGS + words.FOODS + words.ANIMALS),
+    *(words.PLACES + words.ROOMS + words.DEVICES + words.ADJECTIVES + FUNCTION_NAMES + PARAMETER_NAMES),
+)
 Part = Callable[[random.Random], str]
 
 
@@ -73,12 +78,17 @@ def _expression(rng: random.Random) -> str:
 
 
 def _record(rng: random.Random) -> str:
-    """A wish and its values as JSON."""
+    """A wish, or two, and the values as JSON."""
+    calls = [_call(rng) for _ in range(rng.choice((1, 1, 1, 2)))]
+    wishes = " and ".join(call.request(rng) for call in calls)
+    return f"{wishes}: {' '.join(json.dumps(call.arguments) for call in calls)}"
+
+
+def _call(rng: random.Random) -> Call:
     call = draw_call(rng, rng.choice(FUNCTIONS))
     while is_held_out(call.key()):
         call = draw_call(rng, call.function)
-    wish = call.request(rng)
-    return f"{wish}: {json.dumps(call.arguments)}"
+    return call
 
 
 def _catalogue(rng: random.Random) -> str:
@@ -104,45 +114,50 @@ def _story(rng: random.Random) -> str:
     return " ".join(rng.sample(sentences, rng.randint(2, 4)))
 
 
+def _recall(rng: random.Random) -> str:
+    """Facts, and one or all of them said again in other words."""
+    facts = [_fact(rng) for _ in range(rng.randint(1, 3))]
+    told = " ".join(fact.told() for fact in facts)
+    again = rng.sample(facts, rng.choice((1, len(facts))))
+    return f"{told} So {' And '.join(fact.right() for fact in again)}"
+
+
+def _fact(rng: random.Random) -> Fact:
+    fact = draw_fact(rng)
+    while is_held_out(fact.key()):
+        fact = draw_fact(rng)
+    return fact
+
+
 def _speech(rng: random.Random) -> str:
     """A plain fact, and how somebody with a manner of speaking says it."""
-    name, things, place = rng.choice(words.NAMES), rng.choice(words.THINGS), rng.choice(words.PLACES)
-    animal, color, food = rng.choice(words.ANIMALS), rng.choice(words.COLORS), rng.choice(words.FOODS)
-    facts = (
-        f"the {things} are in the {place}",
-        f"the {animal} is {color}",
-        f"{name} likes {food}",
-        f"{name} went to the {place}",
-        f"the sky is {color} today",
-        f"the {place} is closed on {rng.choice(words.DAYS)}",
-    )
-    fact = rng.choice(facts)
+    fact = _fact(rng)
     speaker, (openings, closings) = rng.choice(list(words.VOICES.items()))
-    sentence = fact[0].upper() + fact[1:] + "."
-    return f'{sentence} The {speaker} says: "{rng.choice(openings)} {sentence} {rng.choice(closings)}"'
+    return f'{fact.told()} The {speaker} says: "{rng.choice(openings)} {fact.right()} {rng.choice(closings)}"'
 
 
 def _rearranged(rng: random.Random) -> str:
-    """Words, and the same words changed in a named way."""
-    pool = words.NAMES + words.CITIES + words.DAYS + words.COLORS + words.THINGS + words.FOODS + words.ADJECTIVES
-    chosen = rng.sample(pool, rng.randint(2, 5))
+    """Words or a sentence, and the same changed in named ways."""
+    chosen = rng.sample(_POOL, rng.randint(2, 5))
     line = " ".join(chosen)
-    changes = {
-        "upper case": line.upper(),
-        "title case": line.title(),
-        "backwards": " ".join(reversed(chosen)),
-        "commas": ", ".join(chosen),
-        "sorted": " ".join(sorted(chosen)),
-        "first": chosen[0],
-        "last": chosen[-1],
-        "count": str(len(chosen)),
-        "list": "\n".join(f"- {word}" for word in chosen),
-        "numbered": "\n".join(f"{i}. {word}" for i, word in enumerate(chosen, 1)),
-        "JSON": json.dumps(chosen),
-        "quoted": f'"{line}"',
+    if rng.random() < 0.25:
+        line = _fact(rng).right()
+        chosen = line.split()
+    arranged = {"as given": chosen, "backwards": chosen[::-1], "sorted": sorted(chosen, key=str.lower)}
+    layouts = {
+        "words": " ".join,
+        "commas": ", ".join,
+        "list": lambda items: "\n".join(f"- {item}" for item in items),
+        "numbered": lambda items: "\n".join(f"{number}. {item}" for number, item in enumerate(items, 1)),
+        "JSON": lambda items: json.dumps(list(items)),
+        "quoted": lambda items: f'"{" ".join(items)}"',
+        "twice": lambda items: "\n".join([" ".join(items)] * 2),
+        "last line": lambda items: f"{' '.join(items)}\n{rng.choice(_POOL)}",
     }
-    how = rng.choice(list(changes))
-    return f"{line}\n{how}: {changes[how]}"
+    cases = {"upper case": str.upper, "lower case": str.lower, "same case": str}
+    order, layout, case = (rng.choice(list(options)) for options in (arranged, layouts, cases))
+    changed = cases[case](layouts[layout](arranged[order]))
+    return f"{line}\n{order}, {layout}, {case}:\n{changed}"
 
 
 _KINDS: tuple[tuple[Part, float, tuple[int, int]], ...] = (
@@ -152,7 +167,8 @@ _KINDS: tuple[tuple[Part, float, tuple[int, int]], ...] = (
     (_record, 0.2, (2, 4)),
     (_catalogue, 0.05, (1, 2)),
     (_story, 0.05, (1, 2)),
-    (_speech, 0.07, (1, 3)),
-    (_rearranged, 0.1, (2, 4)),
+    (_recall, 0.12, (2, 4)),
+    (_speech, 0.08, (1, 3)),
+    (_rearranged, 0.2, (2, 4)),
 )
 """(part, share of documents, how many parts a document has)"""

@@ -24,6 +24,7 @@ FUNCTION_NAMES = ("solve", "pick", "convert", "compute", "make", "change", "find
 _NUMBER_NAMES = ("n", "number", "value")
 _LIST_NAMES = ("items", "numbers", "values")
 _TEXT_NAMES = ("s", "text", "word")
+PARAMETER_NAMES = _NUMBER_NAMES + _LIST_NAMES + _TEXT_NAMES
 
 _FILTERS = (
     ("greater than {k}", "x > {k}"),

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 Key = tuple[Any, ...]
 Message = dict[str, Any]
-Scorer = Literal["number", "code", "calls"]
+Scorer = Literal["number", "code", "calls", "constraints", "preference", "rouge"]
 
 HELD_OUT_EVERY = 8
 
@@ -27,7 +27,10 @@ class Problem:
     other_keys: the same of everything else that is answered in the conversation.
     prompt: the messages before the scored reply; reply: that assistant message; rest: what follows it.
     scorer: `number` compares what follows `####` with target, `code` the syntax tree of the reply's code with that of
-        target (a source text), `calls` the reply's calls with target (a list of {"name", "arguments"}), order and all.
+        target (a source text), `calls` the reply's calls with target (a list of {"name", "arguments"}), order and all;
+        `constraints` checks each of target's constraints (see constraints.py), `preference` whether the reply is as
+        target says (see manners.py), `rouge` compares with each of target's texts.
+    rejected: of a preference pair, the reply that is not preferred.
     """
 
     key: Key
@@ -38,6 +41,7 @@ class Problem:
     rest: list[Message] = field(default_factory=list)
     tools: list[dict[str, Any]] = field(default_factory=list)
     other_keys: tuple[Key, ...] = ()
+    rejected: Message | None = None
 
     def is_for_evaluation(self) -> bool:
         return is_held_out(self.key)
@@ -46,8 +50,10 @@ class Problem:
         return not any(is_held_out(key) for key in (self.key, *self.other_keys))
 
     def conversation(self) -> dict[str, Any]:
-        """As the data mix takes it: {"messages", "tools"?}."""
+        """As the data mix takes it: {"messages", "tools"?}, or {"prompt", "chosen", "rejected", "tools"?}."""
         conversation: dict[str, Any] = {"messages": [*self.prompt, self.reply, *self.rest]}
+        if self.rejected is not None:
+            conversation = {"prompt": self.prompt, "chosen": [self.reply], "rejected": [self.rejected]}
         return {**conversation, "tools": self.tools} if self.tools else conversation
 
 
