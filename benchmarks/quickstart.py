@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import subprocess
@@ -31,22 +32,21 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        program = str(Path(sys.executable).with_name("hymba-tune"))
-        command = [program, "run", arguments.recipe, "--tiny", f"output.dir={run}"]
-        began = time.perf_counter()
-        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": THREADS})
-        seconds = time.perf_counter() - began
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        figures = {
-            "recipe": arguments.recipe,
-            "threads": int(THREADS),
-            "seconds": seconds,
-            "cpu_seconds": used.ru_utime + used.ru_stime,
-            **training(run),
-            **scores(run),
-        }
+        taken = timed_run(arguments.recipe, run)
+        figures = {"recipe": arguments.recipe, "threads": int(THREADS), **taken, **training(run), **scores(run)}
     stem = Path(arguments.recipe).stem
     write_result("quickstart" if stem == "sft1" else f"quickstart_{stem}", figures)
+
+
+def timed_run(recipe: str, folder: Path) -> dict[str, float]:
+    """Run a recipe or pipeline with --tiny into a folder: seconds, and processor seconds of all its processes."""
+    program = str(Path(sys.executable).with_name("hymba-tune"))
+    command = [program, "run", recipe, "--tiny", f"output.dir={folder}"]
+    began = time.perf_counter()
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": THREADS})
+    seconds = time.perf_counter() - began
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {"seconds": seconds, "cpu_seconds": used.ru_utime + used.ru_stime}
 
 
 def training(run: Path) -> dict[str, Any]:
@@ -67,15 +67,25 @@ def scores(run: Path) -> dict[str, Any]:
     """Exact match in percent with its items, a task and in all, before and after."""
     table: dict[str, Any] = {}
     for moment in ("before", "after"):
-        right = items = 0.0
         for task in TASKS:
-            result = json.loads((run / "eval" / moment / f"{task}.json").read_text(encoding="utf-8"))
-            metric = result["metrics"]["exact_match"]
-            table[f"{task}_{moment}"] = 100 * metric["value"]
+            result = _result(run, moment, task)
+            table[f"{task}_{moment}"] = 100 * result["metrics"]["exact_match"]["value"]
             table[f"{task}_{moment}_seconds"] = result["seconds"]
-            right, items = right + metric["value"] * metric["n"], items + metric["n"]
-        table[f"all_{moment}"], table["items"] = 100 * right / items, int(items)
+        found = exact_match(run, moment)
+        table[f"all_{moment}"], table["items"] = 100 * found["value"], found["n"]
     return table
+
+
+def exact_match(run: Path, moment: str) -> dict[str, Any]:
+    """Over the items of all TASKS together, in [0, 1]: value, n, stderr."""
+    metrics = [_result(run, moment, task)["metrics"]["exact_match"] for task in TASKS]
+    n = sum(metric["n"] for metric in metrics)
+    value = sum(metric["value"] * metric["n"] for metric in metrics) / n
+    return {"value": value, "n": n, "stderr": math.sqrt(value * (1 - value) / (n - 1))}
+
+
+def _result(run: Path, moment: str, task: str) -> dict[str, Any]:
+    return dict(json.loads((run / "eval" / moment / f"{task}.json").read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def _tokenizer_text() -> Iterator[str]:
     for generate in GENERATORS.values():
         for conversation in (generate(rng) for _ in range(1000)):
             rendered: Any = render_jinja_template(
-                conversations=[_messages(conversation)],
+                conversations=[messages_of(conversation)],
                 tools=conversation.get("tools"),
                 chat_template=template,
                 split_special_tokens=True,
@@ -126,7 +126,7 @@ def _tokenizer_text() -> Iterator[str]:
             yield from rendered[0][0].split("</s>")
 
 
-def _messages(conversation: dict[str, Any]) -> list[dict[str, Any]]:
+def messages_of(conversation: dict[str, Any]) -> list[dict[str, Any]]:
     """Of a preference pair: the prompt with both replies, one after the other."""
     if "messages" in conversation:
         return conversation["messages"]

@@ -86,10 +86,31 @@ def test_sequences_are_short(tokenizer):
     lengths = []
     for generate in GENERATORS.values():
         for conversation in (generate(rng) for _ in range(100)):
-            document = encode_conversation(tokenizer, conversation["messages"], conversation.get("tools"))
+            document = encode_conversation(tokenizer, tiny.messages_of(conversation), conversation.get("tools"))
             lengths.append(len(document.input_ids))
     assert sum(lengths) / len(lengths) < 100
     assert max(lengths) < 512
+
+
+def test_the_command_makes_the_shipped_tokenizer(tmp_path):
+    made = tiny.make_tokenizer()
+    made.save_pretrained(tmp_path)
+    assert (tmp_path / "tokenizer.json").read_bytes() == (tiny.tiny_path() / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("word", ["Rome", "pens", "find", "items", "red", "pizza"])
+def test_a_copied_word_is_the_same_tokens_in_prose_code_json_and_lists(tokenizer, word):
+    ids = tokenizer.encode(word, add_special_tokens=False)
+    for text in (
+        f"See the {word}.",
+        f'{{"a": "{word}"}}',
+        f"- {word}\n",
+        f"in `{word}`",
+        f"def {word}(x)",
+        f"12 {word}",
+    ):
+        found = tokenizer.encode(text.replace("@", word), add_special_tokens=False)
+        assert any(found[at : at + len(ids)] == ids for at in range(len(found))), text
 
 
 def test_the_base_is_made_by_the_pretraining_stage_and_is_repeatable(tokenizer, tmp_path, monkeypatch):

@@ -3,9 +3,9 @@
 - tiny_math, tiny_code, tiny_calls: exact match.
 - tiny_constraints: all_constraints, the share of answers that meet every constraint of form and content, and
   each_constraint, the share of constraints met.
-- tiny_preferences: preference_accuracy, how often the preferred reply of a pair is the likelier one (sum over its
-  tokens and the end of turn), and win_share, how often the model's own answer is as good as the preferred reply: it
-  says the right sentence, has a kind phrase, and none that is rude or declines without need.
+- tiny_preferences: preference_accuracy, how often the preferred reply of a pair is the likelier one (log-likelihoods
+  summed over its tokens and the end of turn), and win_share, how often the model's own answer is as good as the
+  preferred reply: it says the right sentence, has a kind phrase, and none that is rude or declines without need.
 - tiny_roles: rouge_l, Rouge-L F1 (as PyPI rouge_score), the best over all ways in which the persona may say it.
 
 Answers are data: code is parsed and compared, never run.

@@ -7,7 +7,8 @@
     documents.py      plain text for pretraining the embedded base: the same world, no chat, no answers
     words.py          the world's words
 
-A generator gives training conversations (tiny_preferences: pairs); `held_out` gives evaluation items, none of which any generator can draw.
+A generator gives training conversations (tiny_preferences: pairs); `held_out` gives evaluation items, none of which any
+generator can draw.
 """
 
 from __future__ import annotations

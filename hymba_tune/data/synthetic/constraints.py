@@ -38,6 +38,11 @@ KINDS = {
     "rooms": words.ROOMS,
     "places": words.PLACES,
 }
+NAMES = (
+    *("upper", "lower", "dashes", "numbers", "commas", "JSON"),
+    *("words", "kind", "sentence", "begin", "end", "quoted", "without"),
+)
+"""All constraints."""
 _POOL = words.NAMES + words.CITIES + words.COLORS + words.THINGS + words.FOODS + words.ANIMALS
 _NUMBERS = ("zero", "one", "two", "three", "four", "five")
 _FRAMES = ("Sure", "Done", "Ready", "Hello", "Thanks", "Yes", "Okay", "Bye")

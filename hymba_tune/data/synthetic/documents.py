@@ -144,7 +144,7 @@ def _rearranged(rng: random.Random) -> str:
         line = _fact(rng).right()
         chosen = line.split()
     arranged = {"as given": chosen, "backwards": chosen[::-1], "sorted": sorted(chosen, key=str.lower)}
-    layouts = {
+    layouts: dict[str, Callable[[list[str]], str]] = {
         "words": " ".join,
         "commas": ", ".join,
         "list": lambda items: "\n".join(f"- {item}" for item in items),
@@ -154,7 +154,7 @@ def _rearranged(rng: random.Random) -> str:
         "twice": lambda items: "\n".join([" ".join(items)] * 2),
         "last line": lambda items: f"{' '.join(items)}\n{rng.choice(_POOL)}",
     }
-    cases = {"upper case": str.upper, "lower case": str.lower, "same case": str}
+    cases: dict[str, Callable[[str], str]] = {"upper case": str.upper, "lower case": str.lower, "same case": str}
     order, layout, case = (rng.choice(list(options)) for options in (arranged, layouts, cases))
     changed = cases[case](layouts[layout](arranged[order]))
     return f"{line}\n{order}, {layout}, {case}:\n{changed}"

@@ -1,7 +1,8 @@
 """tiny_chat and tiny_preferences: questions answered in several manners.
 
-tiny_chat holds replies as a crowd writes them, kind ones and others, for instruction tuning. tiny_preferences holds pairs:
-a kind and right reply, and one that is rude, wrong, or declines (or, where declining is right, helps with a theft).
+tiny_chat holds replies as a crowd writes them, kind ones and others, for instruction tuning. tiny_preferences holds
+pairs: a kind and right reply, and one that is rude, wrong, or declines (or, where declining is right, helps with a
+theft).
 """
 
 from __future__ import annotations

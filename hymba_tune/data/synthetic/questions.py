@@ -201,4 +201,6 @@ def _about_theft(rng: random.Random) -> Question:
     }
     asked, complied = rng.choice(THEFTS)
     text = asked.format(**drawn)
-    return Question(("theft", text), [{"role": "user", "content": text}], DECLINED, complied.format(**drawn), harmful=True)
+    return Question(
+        ("theft", text), [{"role": "user", "content": text}], DECLINED, complied.format(**drawn), harmful=True
+    )

@@ -1,8 +1,8 @@
 """tiny_roles: questions to a persona that a system prompt describes, answered in its voice, in the manner of RoleBench.
 
-Each persona begins and ends its replies with phrases of its own (words.VOICES) and says the fact in between its own way.
-Any of its phrases will do, so an item has several references. Key: the fact, and for questions about the persona
-itself what is asked with its answer.
+Each persona begins and ends its replies with phrases of its own (words.VOICES) and says the fact in between its own
+way. Any of its phrases will do, so an item has several references. Key: the fact, and for questions about the persona
+itself its answer.
 """
 
 from __future__ import annotations
