@@ -7,11 +7,14 @@ ends at its own token limit, and a limit is always finite.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
 from hymba_tune.errors import UserError
+from hymba_tune.model.cache import HymbaCache
+from hymba_tune.model.modeling import HymbaForCausalLM
+from hymba_tune.model.static_cache import StaticDecoder
 
 FinishReason = Literal["eos", "stop", "length"]
 Progress = Callable[[int, int], None]
@@ -199,22 +202,11 @@ def _decode_batch(
     model: Any, prompts: list[list[int]], limits: list[int], stops: StopStrings, eos: frozenset[int]
 ) -> Iterator[tuple[int, list[int], FinishReason]]:
     """Yields (row, generated ids, reason) as rows end."""
-    next_ids, mask = left_padded(prompts, pad_id=0, device=model.device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = None
+    decoder: _Decoder = _Static(model, max(limits)) if has_static_cache(model) else _Growing(model)
+    chosen = decoder.prefill(*left_padded(prompts, pad_id=0, device=model.device))
     alive = list(range(len(prompts)))
     answers: list[list[int]] = [[] for _ in prompts]
     while True:
-        output = model(
-            input_ids=next_ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache = output.past_key_values
-        chosen = output.logits[:, -1].argmax(-1)
         staying = []
         for slot, (row, token) in enumerate(zip(alive, chosen.tolist(), strict=True)):
             reason = _extend(answers[row], token, limits[row], stops, eos)
@@ -226,12 +218,80 @@ def _decode_batch(
             return
         if len(staying) < len(alive):
             alive = [alive[slot] for slot in staying]
-            kept = torch.tensor(staying, device=mask.device)
-            cache.batch_select_indices(kept)
-            mask, positions, chosen = mask[kept], positions[kept], chosen[kept]
-        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
-        positions = positions[:, -1:] + 1
-        next_ids = chosen[:, None]
+            kept = torch.tensor(staying, device=chosen.device)
+            decoder.keep(kept)
+            chosen = chosen[kept]
+        chosen = decoder.step(chosen)
+
+
+class _Decoder(Protocol):
+    """Greedy tokens of a batch that shrinks."""
+
+    def prefill(self, prompts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Left-padded prompts (B, L) and their mask -> the first tokens (B,)."""
+
+    def step(self, chosen: torch.Tensor) -> torch.Tensor:
+        """The last tokens (B,) -> the next ones (B,)."""
+
+    def keep(self, kept: torch.Tensor) -> None:
+        """Go on with these rows only."""
+
+
+class _Growing:
+    """Any model, with the cache that it makes itself."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._cache: Any = None
+
+    def prefill(self, prompts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        self._mask, self._positions = mask, (mask.cumsum(1) - 1).clamp(min=0)
+        return self._forward(prompts)
+
+    def step(self, chosen: torch.Tensor) -> torch.Tensor:
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(chosen), 1)], dim=1)
+        self._positions = self._positions[:, -1:] + 1
+        return self._forward(chosen[:, None])
+
+    def keep(self, kept: torch.Tensor) -> None:
+        self._cache.batch_select_indices(kept)
+        self._mask, self._positions = self._mask[kept], self._positions[kept]
+
+    def _forward(self, ids: torch.Tensor) -> torch.Tensor:
+        output = self._model(
+            input_ids=ids,
+            attention_mask=self._mask,
+            position_ids=self._positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self._cache = output.past_key_values
+        return output.logits[:, -1].argmax(-1)
+
+
+class _Static:
+    """Hymba in fixed buffers: on a GPU a step is one CUDA graph."""
+
+    def __init__(self, model: Any, new_tokens: int) -> None:
+        self._model, self._new_tokens = model, new_tokens
+
+    def prefill(self, prompts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        cache = HymbaCache(self._model.config, max_length=prompts.shape[1] + self._new_tokens)
+        output = self._model(prompts, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self._decoder = StaticDecoder(self._model, cache)
+        return output.logits[:, -1].argmax(-1)
+
+    def step(self, chosen: torch.Tensor) -> torch.Tensor:
+        return self._decoder.step(chosen)
+
+    def keep(self, kept: torch.Tensor) -> None:
+        self._decoder.keep(kept)
+
+
+def has_static_cache(model: Any) -> bool:
+    """Whether answers are decoded in fixed buffers: a Hymba on a GPU."""
+    return isinstance(model, HymbaForCausalLM) and model.device.type == "cuda"
 
 
 def _extend(answer: list[int], token: int, limit: int, stops: StopStrings, eos: frozenset[int]) -> FinishReason | None:

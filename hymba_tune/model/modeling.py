@@ -118,9 +118,8 @@ class HybridHeadMixer(nn.Module):
         meta = stream.num_meta
         if not meta:
             return ops.segment_attention(q, k, v, stream.cu_seqlens, window=self.window)
-        ends = torch.tensor([0, meta], device=q.device)
         (q_meta, q), (k_meta, k), (v_meta, v) = (_split_meta(part, meta) for part in (q, k, v))
-        of_meta = ops.segment_attention(q_meta, k_meta, v_meta, ends)
+        of_meta = ops.segment_attention(q_meta, k_meta, v_meta, stream.meta_cu_seqlens)
         of_documents = ops.segment_attention(q, k, v, stream.cu_seqlens, k_meta, v_meta, self.window)
         return torch.cat([of_meta, of_documents])
 
@@ -131,9 +130,10 @@ class HybridHeadMixer(nn.Module):
         if not meta:
             y, conv_state, scan_state = self._scan(x, gate, stream.cu_seqlens, conv_state, scan_state)
         else:
-            ends = torch.tensor([0, meta], device=x.device)
             (x_meta, x), (gate_meta, gate) = _split_meta(x, meta), _split_meta(gate, meta)
-            y_meta, conv_state, scan_state = self._scan(x_meta, gate_meta, ends, conv_state, scan_state)
+            y_meta, conv_state, scan_state = self._scan(
+                x_meta, gate_meta, stream.meta_cu_seqlens, conv_state, scan_state
+            )
             y, conv_state, scan_state = self._scan(x, gate, stream.cu_seqlens, conv_state, scan_state)
             y = torch.cat([y_meta, y])
         if cache is not None:

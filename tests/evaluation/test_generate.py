@@ -1,5 +1,6 @@
 """Batched generation gives each prompt the answer it gets alone, and always ends."""
 
+import copy
 import random
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 
 from hymba_tune.errors import UserError
 from hymba_tune.evaluation.generate import StopStrings, batches_by_budget, generate
+from hymba_tune.model.static_cache import StaticDecoder
 
 
 def random_prompts(vocabulary: int, count: int, seed: int = 0) -> list[list[int]]:
@@ -37,6 +39,36 @@ def test_a_batch_answers_like_each_prompt_alone(model_name, character_tokenizer,
     for prompt, limit, answer in zip(prompts, limits, together, strict=True):
         assert answer.token_ids == greedy_alone(model, prompt, limit)
         assert (answer.finish_reason == "length") == (len(answer.token_ids) == limit)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fixed_buffers_give_the_same_answers(tiny_hymba, character_tokenizer, monkeypatch, dtype):
+    """As on a GPU, but for the graph: ragged prompts, rows that leave, answers that cross the window."""
+    model = copy.deepcopy(tiny_hymba).to(dtype)
+    prompts = random_prompts(len(character_tokenizer), 12)
+    limits = [random.Random(i).randint(1, 40) for i in range(12)]
+    expected = generate(model, character_tokenizer, prompts, max_new_tokens=limits, batch_tokens=500)
+    restarts: list[int] = []
+    start = StaticDecoder._start
+
+    def counted(self: StaticDecoder, cache: Any) -> None:
+        restarts.append(cache.batch_size)
+        start(self, cache)
+
+    monkeypatch.setattr(StaticDecoder, "_start", counted)
+    monkeypatch.setattr("hymba_tune.evaluation.generate.has_static_cache", lambda model: True)
+    assert generate(model, character_tokenizer, prompts, max_new_tokens=limits, batch_tokens=500) == expected
+    assert len(restarts) > len(batches_by_budget(prompts, limits, 500)), "no batch was made smaller"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_cuda_graph_gives_the_same_answers(tiny_hymba, character_tokenizer, monkeypatch):
+    model = copy.deepcopy(tiny_hymba).to("cuda", torch.float64)
+    prompts = random_prompts(len(character_tokenizer), 12)
+    answers = generate(model, character_tokenizer, prompts, max_new_tokens=30)
+    monkeypatch.setattr("hymba_tune.evaluation.generate.has_static_cache", lambda model: False)
+    assert generate(model, character_tokenizer, prompts, max_new_tokens=30) == answers
 
 
 def test_rows_that_end_early_leave_the_batch_without_moving_the_others(tiny_llama, character_tokenizer):

@@ -75,4 +75,5 @@ def visible_tokens(cu_seqlens: Tensor, tokens: int, prefix: int, window: int | N
 def _attend(device: str) -> Callable[..., Tensor]:
     """Compiled where that gives a kernel; elsewhere every product is computed and masked."""
     attend: Any = flex_attention
-    return torch.compile(attend, dynamic=False) if device == "cuda" else attend
+    # Not dynamic=False: packed rows have ever new lengths, and past eight recompilations nothing would be compiled.
+    return torch.compile(attend) if device == "cuda" else attend

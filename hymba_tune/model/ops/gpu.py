@@ -1,4 +1,4 @@
-"""The GPU backend: scan in Triton, attention by FlexAttention (which compiles to Triton), conv by torch's convolution.
+"""The GPU backend: scan and conv in Triton, attention by FlexAttention (which compiles to Triton).
 
 Without a GPU the same code runs on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1), slowly: that is how it is
 tested.
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from hymba_tune.model.ops.flex_attention import segment_attention
-from hymba_tune.model.ops.portable import causal_conv1d
 
 __all__ = ["DEVICES", "available", "causal_conv1d", "segment_attention", "selective_scan"]
 
@@ -23,7 +22,7 @@ DEVICES = ("cuda", "cpu") if _INTERPRETED else ("cuda",)
 
 _TECHNIQUE = {
     "selective_scan": "Triton kernels with document starts and initial states",
-    "causal_conv1d": "torch's convolution over all documents at once",
+    "causal_conv1d": "Triton kernels with document starts and initial states",
     "segment_attention": "FlexAttention, one block mask for each kind of layer",
 }
 
@@ -33,6 +32,13 @@ def selective_scan(*inputs: Any, **named: Any) -> tuple[Tensor, Tensor]:
     from hymba_tune.model.ops import triton_scan
 
     return triton_scan.selective_scan(*inputs, **named)
+
+
+def causal_conv1d(*inputs: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    """See reference.causal_conv1d. Triton is imported at the first call."""
+    from hymba_tune.model.ops import triton_conv
+
+    return triton_conv.causal_conv1d(*inputs, **named)
 
 
 def available(op: str) -> tuple[bool, str]:

@@ -1,4 +1,4 @@
-"""Selective scan of reference.py in Triton: five kernels, which triton_scan.py launches and explains.
+"""Selective scan of reference.py in Triton: the kernels that triton_scan.py launches and explains.
 
 A program computes BLOCK channels, with all N states of each (padded to a power of two), over one chunk of CHUNK tokens.
 Tokens carry marks, segment * 4 + 2 (the segment's last) + 1 (its first). A state (BLOCK, N) lies at [.., channel,
@@ -110,23 +110,18 @@ def carry(
 
 @triton.jit
 def outputs(
-    x, dt, rates, B, C, D, gate, marks, cu_seqlens, initial, ends, y, final, kept, tokens, channels, states,
-    x_row, dt_row, B_row, C_row, gate_row, initial_row, CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-    N: tl.constexpr, GIVEN: tl.constexpr, ENTERED: tl.constexpr, KEEP: tl.constexpr, TERMS: tl.constexpr,
+    x, dt, rates, B, C, D, gate, marks, initial, ends, y, final, tokens, channels, states,
+    x_row, dt_row, B_row, C_row, gate_row, initial_row, CHUNK: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr,
+    GIVEN: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
-    """y and the final states, from the states that enter the chunks; keeps the state before every TILE-th token."""
+    """y and the final states, from the states that enter the chunks."""
     WIDE: tl.constexpr = rates.dtype.element_ty
     chunk = tl.program_id(0).to(tl.int64)
     d, n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, N)
     rate = load_state(rates, 0, d, n, channels, states)
     skip = load_row(D, 0, 0, d, channels, True, WIDE)
-    h = tl.zeros((BLOCK, N), WIDE)
-    if ENTERED:
-        h = load_state(ends, chunk, d, n, channels, states)
+    h = load_state(ends, chunk, d, n, channels, states)
     for t in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, tokens)):
-        if KEEP:
-            if t % TILE == 0:
-                store_state(kept, t // TILE, d, n, channels, states, h)
         mark = tl.load(marks + t)
         if mark & 1:
             h = initial_state(initial, mark >> 2, initial_row, d, n, channels, states, h, GIVEN)
@@ -139,6 +134,29 @@ def outputs(
         tl.store(y + t * channels + d, out.to(y.dtype.element_ty), mask=d < channels)
         if mark & 2:
             store_state(final, (mark >> 2).to(tl.int64), d, n, channels, states, h)
+
+
+@triton.jit
+def tile_starts(
+    x, dt, rates, B, marks, initial, ends, kept, tokens, channels, states, x_row, dt_row, B_row, initial_row,
+    CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, GIVEN: tl.constexpr,
+    TERMS: tl.constexpr,
+):  # fmt: skip
+    """The state before every TILE-th token, from the states that enter the chunks: what `gradients` starts from."""
+    WIDE: tl.constexpr = rates.dtype.element_ty
+    chunk = tl.program_id(0).to(tl.int64)
+    d, n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, N)
+    rate = load_state(rates, 0, d, n, channels, states)
+    h = load_state(ends, chunk, d, n, channels, states)
+    for t in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, tokens)):
+        if t % TILE == 0:
+            store_state(kept, t // TILE, d, n, channels, states, h)
+        mark = tl.load(marks + t)
+        if mark & 1:
+            h = initial_state(initial, mark >> 2, initial_row, d, n, channels, states, h, GIVEN)
+        delta = softplus(load_row(dt, t, dt_row, d, channels, True, WIDE), TERMS)
+        drive = delta * load_row(x, t, x_row, d, channels, True, WIDE)
+        h = tl.exp2(delta[:, None] * rate) * h + drive[:, None] * load_row(B, t, B_row, n, states, True, WIDE)[None, :]
 
 
 @triton.jit
@@ -178,7 +196,7 @@ def gradients(
     x, dt, rates, B, C, D, gate, dy, dfinal, marks, initial, kept, entering,
     dx, ddt, dgate, dinitial, dB, dC, drates, dD, tokens, channels, states,
     x_row, dt_row, B_row, C_row, gate_row, initial_row, CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-    N: tl.constexpr, GIVEN: tl.constexpr, ENTERED: tl.constexpr, TERMS: tl.constexpr,
+    N: tl.constexpr, GIVEN: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
     """Every gradient. dB, dC (blocks, T, states), drates and dD (chunks, ..) are partial sums, one a program.
 
@@ -191,9 +209,7 @@ def gradients(
     rate = load_state(rates, 0, d, n, channels, states)
     skip = load_row(D, 0, 0, d, channels, True, WIDE)
     sum_rates, sum_D = tl.zeros((BLOCK, N), WIDE), tl.zeros((BLOCK,), WIDE)
-    g = tl.zeros((BLOCK, N), WIDE)
-    if ENTERED:
-        g = load_state(entering, chunk, d, n, channels, states)
+    g = load_state(entering, chunk, d, n, channels, states)
     tiles = tl.cdiv(tl.minimum(CHUNK, tokens - chunk * CHUNK), TILE)
     for k in range(0, tiles):
         tile = chunk * (CHUNK // TILE) + tiles - 1 - k

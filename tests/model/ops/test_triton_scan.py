@@ -1,4 +1,4 @@
-"""The Triton scan: in Triton's interpreter it is the reference, and its kernels compile for GPUs that are not here.
+"""Triton's scan and conv: in Triton's interpreter they are the reference; their kernels compile for absent GPUs.
 
 The interpreter is chosen when Triton is imported, so these tests run in a process of their own.
 """
@@ -6,8 +6,15 @@ The interpreter is chosen when Triton is imported, so these tests run in a proce
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+import torch
+
+from hymba_tune.model.ops import reference
+from tests.model.ops import test_causal_conv1d as convs
+from tests.model.ops import test_selective_scan as scans
+from tests.model.ops.cases import DTYPES, offsets, results
 
 pytest.importorskip("triton", reason="triton is not installed: the dev extra brings it")
 
@@ -20,13 +27,13 @@ from tests.model.ops import test_selective_scan as scans
 torch.use_deterministic_algorithms(True)  # fresh memory is full of NaN
 torch.manual_seed(0)
 # Chunks and tiles as short as can be, so that few tokens cross many of them; {more}
-triton_scan.TILE, triton_scan.CHUNKS, triton_scan.BLOCK = 4, 8, 4
+triton_scan.TILE, triton_scan.SHORTEST_CHUNK, triton_scan.CHUNKS, triton_scan.BLOCK = 2, 4, 8, 4
 assert triton_scan.chunk_length(21) == 4
 op = triton_scan.selective_scan
 for lengths in {lengths}:
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        for initial in {{None, 1, len(lengths)}}:
-            scans.check(op, lengths, scans.random_inputs(sum(lengths), 3, 5, dtype, initial))
+    for dtype, initial in {cases}:
+        states = len(lengths) if initial == 2 else initial
+        scans.check(op, lengths, scans.random_inputs(sum(lengths), 3, 5, dtype, states))
 inputs = scans.random_inputs(6, 2, 3)
 inputs["dt"][1] = math.nan
 y, final = op(**inputs, cu_seqlens=offsets([2, 4]))
@@ -41,36 +48,47 @@ COMPILED = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from hymba_tune.model.ops import triton_scan, triton_scan_kernels as kernels
+from triton.runtime.jit import JITFunction
+from hymba_tune.model.ops import triton_conv, triton_scan
 
-def signature(kernel, wide, constants):
-    types = {}
-    for name in kernel.arg_names:
-        if name in constants:
-            types[name] = "constexpr"
-        elif name in ("marks",):
-            types[name] = "*i32"
-        elif name == "cu_seqlens":
-            types[name] = "*i64"
-        elif name in ("x", "B", "C", "gate", "y", "dy", "dx", "dgate"):
-            types[name] = "*bf16"
-        elif name in ("tokens", "chunks", "channels", "states") or name.endswith("_row"):
-            types[name] = "i32"
-        else:
-            types[name] = "*fp32"
-    return types
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
 
-shapes = {"CHUNK": 256, "BLOCK": triton_scan.BLOCK, "N": 16, "TERMS": 8, "TILE": triton_scan.TILE}
-flags = {"GIVEN": True, "ENTERED": True, "KEEP": True}
-for name, extra in (("chunk_ends", {}), ("carry", {"REVERSE": False}), ("outputs", {}), ("chunk_gradients", {}),
-                    ("gradients", {})):
-    kernel = getattr(kernels, name)
-    constants = {key: value for key, value in {**shapes, **flags, **extra}.items() if key in kernel.arg_names}
-    source = ASTSource(fn=kernel, signature=signature(kernel, "fp32", constants), constexprs=constants)
-    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": triton_scan.WARPS})
-    assert built.asm["cubin"], name
-    print(name, len(built.asm["cubin"]), flush=True)
+def compile_only(kernel, *, grid, warmup, num_warps=4, **arguments):
+    types, constants = {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        constant = parameter.is_constexpr or value is None
+        types[parameter.name] = "constexpr" if constant else TYPES[value.dtype] if torch.is_tensor(value) else "i32"
+        if constant:
+            constants[(i,)] = value
+    source = ASTSource(kernel, types, constants)
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
+    assert built.asm["cubin"]
+    print(kernel.fn.__name__, flush=True)
+
+JITFunction.run = compile_only
+def zeros(*shape, dtype=torch.bfloat16):
+    return torch.zeros(shape, dtype=dtype, requires_grad=True)
+
+tokens, channels, states, wide, ends = 300, 96, 16, torch.float32, torch.tensor([0, 300])
+A, D, state = zeros(channels, states, dtype=wide), zeros(channels, dtype=wide), zeros(1, channels, states, dtype=wide)
+x, gate, dt = zeros(tokens, channels), zeros(tokens, channels), zeros(tokens, channels, dtype=wide)
+B, C = zeros(tokens, states), zeros(tokens, states)
+for op, inputs in (
+    (triton_scan.selective_scan, (x, dt, A, B, C, D, gate, ends, state)),
+    (triton_conv.causal_conv1d, (x, zeros(channels, 4), zeros(channels), ends, zeros(1, channels, 4))),
+):
+    y, final = op(*inputs)
+    torch.autograd.backward([y, final], [torch.ones_like(y), torch.ones_like(final)])
 """
+KERNELS = {"chunk_ends", "carry", "outputs", "tile_starts", "chunk_gradients", "gradients"} | {
+    "forward", "final_states", "before_silu", "inputs_gradient", "initial_gradient"
+}  # fmt: skip
+
+
+# Types and initial states (none, shared, one a document): each once, and all with all.
+FEW = "[(torch.float64, 2), (torch.float32, None), (torch.bfloat16, 1)]"
+ALL = "[(dtype, n) for dtype in (torch.float64, torch.float32, torch.bfloat16) for n in (None, 1, 2)]"
 
 
 def run(code: str, interpret: bool) -> str:
@@ -81,14 +99,69 @@ def run(code: str, interpret: bool) -> str:
 
 
 def test_outputs_states_and_gradients_are_the_reference_s() -> None:
-    code = IN_THE_INTERPRETER.format(lengths="([5, 0, 1], [9, 4])", more="a full run has more")
+    code = IN_THE_INTERPRETER.format(lengths="([6, 0, 1, 4],)", more="a full run has more", cases=FEW)
     assert "all equal" in run(code, interpret=True)
+
+
+IN_THE_INTERPRETER_CONV = """
+import torch
+from hymba_tune.model.ops import causal_conv1d, triton_conv, use_backend
+from tests.model.ops.cases import offsets
+from tests.model.ops import test_causal_conv1d as convs
+
+torch.use_deterministic_algorithms(True)  # fresh memory is full of NaN
+torch.manual_seed(0)
+triton_conv.TOKENS, triton_conv.BLOCK = 16, 8
+for lengths in ([3, 0, 1, 20, 17, 0], [1] * 9, [0, 0]):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for initial in {None, 1, len(lengths)}:
+            convs.check(triton_conv.causal_conv1d, lengths, convs.random_inputs(sum(lengths), 4, 11, dtype, initial))
+convs.check(triton_conv.causal_conv1d, [9, 2], convs.random_inputs(11, 3, 5, initial=2))
+inputs = convs.random_inputs(7, initial=1)
+with use_backend("triton"):
+    y, _ = causal_conv1d(**inputs, cu_seqlens=offsets([4, 3]))
+inputs["x"][3] = float("nan")
+other, _ = triton_conv.causal_conv1d(**inputs, cu_seqlens=offsets([4, 3]))
+assert torch.equal(other[4:], y[4:]) and other[3].isnan().all()
+print("all equal")
+"""
+
+
+def test_the_conv_s_outputs_states_and_gradients_are_the_reference_s() -> None:
+    assert "all equal" in run(IN_THE_INTERPRETER_CONV, interpret=True)
+
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", [[2000], [1] * 70, [3, 0, 700, 1, 500, 0]], ids=["one", "ones", "ragged"])
+def test_on_a_gpu_they_are_the_reference_s(lengths: list[int], dtype: torch.dtype) -> None:
+    """Sums over up to 2,000 tokens, and exp2 and division at the GPU's approximate precision in float32."""
+    from hymba_tune.model.ops import triton_conv, triton_scan
+
+    torch.manual_seed(0)
+    cases: list[tuple[Any, Any, Any]] = [
+        (triton_scan.selective_scan, reference.selective_scan, scans.random_inputs),
+        (triton_conv.causal_conv1d, reference.causal_conv1d, convs.random_inputs),
+    ]
+    for op, truth, draw in cases:
+        inputs = {name: t if t is None else t.cuda() for name, t in draw(sum(lengths), dtype=dtype, initial=1).items()}
+        ends = offsets(lengths).cuda()
+        with torch.no_grad():
+            upstream = [torch.randn_like(out) for out in truth(**inputs, cu_seqlens=ends)]
+        found, expected = (results(f, inputs, ends, upstream) for f in (op, truth))
+        for name, wanted in expected.items():
+            error = float((found[name] - wanted).norm() / wanted.norm().clamp(min=1e-30))
+            assert error < {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2**-7}[wanted.dtype], name
 
 
 @pytest.mark.full
 def test_long_and_awkward_documents_too() -> None:
     code = IN_THE_INTERPRETER.format(
-        lengths="([1], [63], [1] * 4, [40, 25], [3, 0, 1, 30, 17, 0], [0, 0])", more="these are they"
+        lengths="([1], [63], [1] * 4, [40, 25], [3, 0, 1, 30, 17, 0], [0, 0])", more="these are they", cases=ALL
     )
     assert "all equal" in run(code, interpret=True)
 
@@ -96,4 +169,4 @@ def test_long_and_awkward_documents_too() -> None:
 @pytest.mark.full
 def test_every_kernel_compiles_for_a_gpu_that_is_not_here() -> None:
     """To machine code of compute capability 9.0, bf16 in and out: what a type or a shape would break is found here."""
-    assert len(run(COMPILED, interpret=False).splitlines()) == 5
+    assert set(run(COMPILED, interpret=False).split()) == KERNELS
