@@ -64,7 +64,7 @@ def test_fixed_buffers_give_the_same_answers(tiny_hymba, character_tokenizer, mo
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_a_cuda_graph_gives_the_same_answers(tiny_hymba, character_tokenizer, monkeypatch):
-    model = copy.deepcopy(tiny_hymba).to("cuda", torch.float64)
+    model = copy.deepcopy(tiny_hymba).to("cuda")
     prompts = random_prompts(len(character_tokenizer), 12)
     answers = generate(model, character_tokenizer, prompts, max_new_tokens=30)
     monkeypatch.setattr("hymba_tune.evaluation.generate.has_static_cache", lambda model: False)

@@ -12,12 +12,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.weak import WeakTensorKeyDictionary
 
 Visible = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 _Kind = tuple[int, int, int | None]
+
+NARROWEST = 16
+"""Features of a head that the compiled kernel needs at least."""
 
 _block_masks = WeakTensorKeyDictionary()
 """cu_seqlens -> {(tokens, prefix tokens, window): its block mask}."""
@@ -39,10 +43,14 @@ def segment_attention(
     if prefix_k is not None and prefix_v is not None:
         prefix = len(prefix_k)
         k, v = torch.cat([prefix_k, k]), torch.cat([prefix_v, v])
+    width, value_width = q.shape[-1], v.shape[-1]
+    # The compiled kernel refuses narrow heads; zeros behind them change no product.
+    q, k, v = (F.pad(t, (0, max(0, NARROWEST - t.shape[-1]))) for t in (q, k, v))
     heads_first = [t.transpose(0, 1).unsqueeze(0) for t in (q, k, v)]
     mask = block_mask(cu_seqlens, tokens, prefix, window, q.device)
-    out: Tensor = _attend(q.device.type)(*heads_first, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-    return out.squeeze(0).transpose(0, 1)
+    grouped = q.shape[1] != k.shape[1]
+    out: Tensor = _attend(q.device.type)(*heads_first, block_mask=mask, scale=width**-0.5, enable_gqa=grouped)
+    return out[..., :value_width].squeeze(0).transpose(0, 1)
 
 
 def block_mask(cu_seqlens: Tensor, tokens: int, prefix: int, window: int | None, device: torch.device) -> BlockMask:

@@ -99,7 +99,7 @@ def run(code: str, interpret: bool) -> str:
 
 
 def test_outputs_states_and_gradients_are_the_reference_s() -> None:
-    code = IN_THE_INTERPRETER.format(lengths="([6, 0, 1, 4],)", more="a full run has more", cases=FEW)
+    code = IN_THE_INTERPRETER.format(lengths="([5, 0, 1, 3],)", more="a full run has more", cases=FEW)
     assert "all equal" in run(code, interpret=True)
 
 
@@ -112,10 +112,9 @@ from tests.model.ops import test_causal_conv1d as convs
 torch.use_deterministic_algorithms(True)  # fresh memory is full of NaN
 torch.manual_seed(0)
 triton_conv.TOKENS, triton_conv.BLOCK = 16, 8
-for lengths in ([3, 0, 1, 20, 17, 0], [1] * 9, [0, 0]):
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        for initial in {None, 1, len(lengths)}:
-            convs.check(triton_conv.causal_conv1d, lengths, convs.random_inputs(sum(lengths), 4, 11, dtype, initial))
+for lengths in ([3, 0, 1, 20, 17, 0], [0, 0]):
+    for dtype, initial in ((torch.float64, len(lengths)), (torch.float32, None), (torch.bfloat16, 1)):
+        convs.check(triton_conv.causal_conv1d, lengths, convs.random_inputs(sum(lengths), 4, 11, dtype, initial))
 convs.check(triton_conv.causal_conv1d, [9, 2], convs.random_inputs(11, 3, 5, initial=2))
 inputs = convs.random_inputs(7, initial=1)
 with use_backend("triton"):
