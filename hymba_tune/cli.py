@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 a bug of ours, 2 something the user can fix, 130 stopped w
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -136,6 +137,35 @@ def evaluate(
         raise UserError("eval: nothing to score; add --suite paper, or another suite, task or file")
     folder = out or Path("runs/eval") / Path(model).name
     evaluate(model, wanted, folder, limit=limit, data=data, max_new_tokens=max_new_tokens)
+
+
+@app.command()
+def chat(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL_OR_ADAPTER", help="A checkpoint, adapter or run folder, hub id, or tiny.")
+    ],
+    system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
+    tools: Annotated[Path | None, typer.Option(metavar="FILE.json", help="A list of tool definitions.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token always.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.001, max=1, help="Draw from the likeliest tokens of this share.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from so many likeliest tokens; 0 from all.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(min=0.001, help="Above 1 repeats less.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 1024,
+    seed: Annotated[int | None, typer.Option(help="The same answers again, with a temperature.")] = None,
+) -> None:
+    """Talk to a model. In a pipe, each line of standard input is a prompt of one conversation."""
+    from hymba_tune.hub import check_hub
+
+    check_hub({"MODEL_OR_ADAPTER": model})
+    from hymba_tune.chat import Sampling, chat
+
+    try:
+        chat(model, Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed), system, tools)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except BrokenPipeError:  # the reader of a pipe has left; Python would complain once more when it closes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(141) from None
 
 
 @app.command()

@@ -44,8 +44,11 @@ class Document:
     loss_mask: list[int]
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    """The fast tokenizer of a folder or hub id, with our chat template; `tokenizer.eos_token` ends every turn."""
+def load_tokenizer(path: str | Path, saved_template: bool = False) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a folder or hub id, with our chat template; `tokenizer.eos_token` ends every turn.
+
+    saved_template: keep the chat template that was saved with it, if there is one.
+    """
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path))
     except (OSError, ValueError) as error:
@@ -53,7 +56,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         raise UserError(f"tokenizer {str(path)!r}: {reason}; name a folder that holds a tokenizer.json") from None
     if tokenizer.eos_token is None:
         raise UserError(f"tokenizer {str(path)!r} has no eos_token to end turns with; set it in tokenizer_config.json")
-    tokenizer.chat_template = CHAT_TEMPLATE.read_text(encoding="utf-8")
+    if not (saved_template and isinstance(tokenizer.chat_template, str)):
+        tokenizer.chat_template = CHAT_TEMPLATE.read_text(encoding="utf-8")
     return tokenizer
 
 
