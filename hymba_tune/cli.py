@@ -291,6 +291,22 @@ def data_stats(
         print(write_stats(stats, html))
 
 
+@data_app.command(name="check")
+def data_check(
+    mix: MixFile,
+    data: Annotated[Path | None, typer.Option(help="Folder with benchmark files, where there is no hub.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every overlap as JSON.")] = None,
+    seed: Annotated[int, typer.Option(help="As in data.seed.")] = 0,
+) -> None:
+    """List conversations that repeat a benchmark's test item: by whole texts, and by 13 words in a row."""
+    from hymba_tune.hub import check_hub
+
+    check_hub({})
+    from hymba_tune.inspection.contamination import check_mix
+
+    check_mix(mix, data=data, out=out, seed=seed)
+
+
 @app.command()
 def doctor() -> None:
     """Say what this machine has: packages, devices, and which backend each operation takes and why."""

@@ -176,11 +176,13 @@ def count_data(recipe: Recipe, tokenizer: Path | None) -> tuple[DataCount | None
 def _count_local(recipe: Recipe, mix: Any, tokenizer_folder: Path) -> DataCount:
     """Tokenise and pack all examples, or SAMPLE evenly spaced ones, as the run does."""
     from hymba_tune.data.chat import load_tokenizer
-    from hymba_tune.data.mix import realise_mix
+    from hymba_tune.data.mix import mix_kept_out, realise_mix
     from hymba_tune.data.packing import best_fit_decreasing, encode_example, fitted
 
     tokenizer = load_tokenizer(tokenizer_folder)
-    dataset, _ = realise_mix(mix, recipe.data.seed, validation=recipe.data.validation, limit=recipe.data.limit)
+    data = recipe.data
+    items = mix_kept_out(mix, data.decontaminate, recipe.eval.data)
+    dataset, _ = realise_mix(mix, data.seed, validation=data.validation, limit=data.limit, keep_out=items)
     count = len(dataset)
     step = max(count // SAMPLE, 1)
     looked_at = range(0, count, step)

@@ -62,11 +62,17 @@ class ModelSection(_Section):
     backend: Literal["auto", "reference", "cpu", "triton"] = "auto"
 
 
+Benchmark = Literal[
+    "gsm8k", "ifeval", "mmlu", "bfcl_v2", "rolebench_instruction", "rolebench_role", "rolebench_zh", "gpqa"
+]
+
+
 class DataSection(_Section):
     """What is learned from: a mix, made into rows of at most `max_length` tokens.
 
     `limit` keeps that many conversations of the mix, `validation` holds that many out; a document that does not fit a
-    row is dropped, truncated or (plain text only) split into pieces, and counted.
+    row is dropped, truncated or (plain text only) split into pieces, and counted. Conversations that repeat a
+    benchmark's test item are left out (`decontaminate`: true for all benchmarks, or a list of them, or false).
     """
 
     mix: str
@@ -76,6 +82,7 @@ class DataSection(_Section):
     seed: int = 0
     limit: PositiveInt | None = None
     validation: PositiveInt | None = None
+    decontaminate: bool | list[Benchmark] = True
 
 
 class AdapterSection(_Section):

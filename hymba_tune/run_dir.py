@@ -5,6 +5,7 @@
     environment.json            code, packages, machine and command of the last start
     state.json                  what is finished, with fingerprints
     data.json                   sources, counts and fingerprint of the data
+    contamination.json          conversations that repeat a benchmark's test item, and were left out
     rows/, validation-rows/     the tokenised, packed rows (Arrow)
     initial/                    the random weights that a `from: scratch` run starts from
     metrics.jsonl               one line a logging step, and one an evaluation on held-out rows
@@ -60,6 +61,7 @@ class RunDir:
         self.environment = self.path / "environment.json"
         self.state = self.path / "state.json"
         self.data = self.path / "data.json"
+        self.contamination = self.path / "contamination.json"
         self.rows = self.path / "rows"
         self.validation_rows = self.path / "validation-rows"
         self.initial = self.path / "initial"

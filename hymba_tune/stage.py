@@ -205,7 +205,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
 def _prepare_data(recipe: Recipe, run: RunDir) -> None:
     """Mix -> conversations -> documents -> rows, on disk, with their counts in data.json."""
     from hymba_tune.data.chat import load_tokenizer
-    from hymba_tune.data.mix import load_mix, mix_fingerprint, realise_mix
+    from hymba_tune.data.mix import load_mix, mix_contamination, mix_fingerprint, mix_kept_out, realise_mix
     from hymba_tune.data.packing import build_rows
     from hymba_tune.data.pairs import build_pairs
 
@@ -219,14 +219,19 @@ def _prepare_data(recipe: Recipe, run: RunDir) -> None:
             return build_pairs(rows, tokenizer, data.max_length, data.too_long, folder=folder)[1]
         return build_rows(rows, tokenizer, data.max_length, data.packing, data.too_long, folder=folder)[1]
 
-    rows, sources = realise_mix(mix, data.seed, "train", validation=data.validation, limit=data.limit)
+    out = mix_kept_out(mix, data.decontaminate, recipe.eval.data)
+    rows, sources = realise_mix(mix, data.seed, validation=data.validation, limit=data.limit, keep_out=out)
     counts = build(rows, run.rows)
     per_source = {name: asdict(tokens) for name, tokens in counts.sources.items()}
     table = [asdict(source) | per_source.get(source.source, {}) for source in sources]
     totals = {name: value for name, value in asdict(counts).items() if name != "sources"}
     record = {"mix": data.mix, "fingerprint": mix_fingerprint(mix), "sources": table, **totals}
+    if out is not None:
+        found = mix_contamination(mix, data.seed, out)
+        run.write_json(run.contamination, found.to_json())
+        record |= {"contaminated": found.dropped, "compared": out.counts(), "not_compared": out.missing}
     if data.validation:
-        held, _ = realise_mix(mix, data.seed, "validation", validation=data.validation)
+        held, _ = realise_mix(mix, data.seed, "validation", validation=data.validation, keep_out=out)
         record["validation_rows"] = sum(counts.rows for counts in _build_sources(held, run, build))
     run.write_json(run.data, record)
     _warn_of_losses(run, record)

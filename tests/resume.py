@@ -68,7 +68,7 @@ def write_pipeline(folder: Path, tokenizer: Any) -> Path:
         "gradient_checkpointing": False, "warmup_steps": 2,
     }  # fmt: skip
     common = {"trainer": trainer, "eval": {"suites": ["tiny_math"], "limit": 2, "max_new_tokens": 3}}
-    data = {"mix": "chats.yaml", "max_length": 256, "packing": "none", "validation": 4}
+    data = {"mix": "chats.yaml", "max_length": 256, "packing": "none", "validation": 4, "decontaminate": False}
     recipes: dict[str, dict[str, Any]] = {
         "first": {"method": "sft", "model": {"from": "scratch", "config": CONFIG, "tokenizer": "tokenizer"}},
         "second": {"method": "dpo", "model": {"from": "stage:first"}, "data": {**data, "mix": "pairs.yaml"}},

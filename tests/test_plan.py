@@ -22,7 +22,7 @@ RECIPE = """
 stage: one
 method: sft
 model: {from: nvidia/Hymba-1.5B-Base}
-data: {mix: mix.yaml, max_length: 8}
+data: {mix: mix.yaml, max_length: 8, decontaminate: false}
 trainer: {global_batch: 4, num_train_epochs: 2}
 """
 

@@ -48,7 +48,7 @@ def recipe_file(tmp_path: Path, small_tokenizer: Any) -> Path:
         "stage": "count",
         "method": "sft",
         "model": {"from": "scratch", "config": CONFIG, "tokenizer": "tokenizer"},
-        "data": {"mix": "mix.yaml", "max_length": 256, "packing": "none"},
+        "data": {"mix": "mix.yaml", "max_length": 256, "packing": "none", "decontaminate": False},
         "trainer": {
             "learning_rate": 1e-2, "global_batch": 4, "num_train_epochs": 1, "logging_steps": 1, "save_steps": 2,
             "gradient_checkpointing": False,
@@ -82,6 +82,26 @@ def test_an_adapter_run_writes_an_adapter_that_evaluates(recipe_file: Path) -> N
     assert not run.model.exists()
     assert "library_name: peft" in (run.adapter / "README.md").read_text()
     assert run.read_json(run.evaluation("after") / "tiny_math.json")["metrics"]
+
+
+def test_conversations_that_repeat_a_test_item_are_dropped_and_counted_in_data_and_report(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = recipe_file.parent / "benchmarks" / "gsm8k"
+    folder.mkdir(parents=True)
+    question = "How many apples does Ann keep of her nine?"
+    (folder / "test.jsonl").write_text(json.dumps({"question": question, "answer": "#### 6"}) + "\n")
+    copied = {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "Six."}]}
+    with (recipe_file.parent / "chats.jsonl").open("a") as file:
+        file.write(json.dumps(copied) + "\n")
+    settings = ["trainer.max_steps=1", "eval.suites=[]", f"eval.data={folder.parent}"]
+    run = run_stage(load_recipe(recipe_file, [*settings, "data.decontaminate=true"]))
+    data = run.read_json(run.data)
+    assert (data["contaminated"], data["compared"], data["sources"][0]["contaminated"]) == (1, {"gsm8k": 1}, 1)
+    assert data["sources"][0]["conversations"] == 48
+    assert "mmlu" in data["not_compared"]
+    assert [hit["item"] for hit in run.read_json(run.contamination)["hits"]] == ["0"]
+    assert "contaminated: 1" in run.report.read_text()
 
 
 def test_another_recipe_in_the_same_directory_is_refused_unless_forced(recipe_file: Path) -> None:

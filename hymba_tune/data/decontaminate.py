@@ -16,18 +16,19 @@ N-grams are found by 64-bit hashes (numpy, one pass over a text's words) and the
 
 import hashlib
 import json
+import os
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-if TYPE_CHECKING:
-    import datasets
+from hymba_tune.data.benchmark_texts import BenchmarkText, benchmark_texts
 
 EXACT_WORDS = 5
 SHORT_WORDS = 8
@@ -42,10 +43,8 @@ SHOWN_CHARS = 200
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 _WORD = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+")
 _BASE = np.uint64(0x9E3779B97F4A7C15)
-_TURNS = ("prompt", "messages", "chosen", "rejected")
+_TURNS = ("prompt", "messages", "chosen", "rejected", "text")
 
-BenchmarkText = tuple[str, str, str]
-"""(benchmark, item id, text)"""
 Kind = Literal["exact", "ngram"]
 
 
@@ -59,7 +58,10 @@ class Overlap(NamedTuple):
 
 @dataclass(frozen=True)
 class Hit:
-    """One conversation repeats one test item. text: what they share, or None where it may not be shown."""
+    """One conversation (the row-th of its source) repeats one test item.
+
+    text: what they share, or None where it may not be shown.
+    """
 
     row: int
     source: str
@@ -88,6 +90,18 @@ class Contamination:
         """The conversations with hits, in order."""
         return sorted({hit.row for hit in self.hits})
 
+    @property
+    def dropped(self) -> int:
+        """How many conversations have hits, over all sources."""
+        return len({(hit.source, hit.row) for hit in self.hits})
+
+    @staticmethod
+    def from_json(record: dict[str, Any]) -> "Contamination":
+        """What to_json wrote."""
+        boilerplate = {tuple(item.split("/", 1)): count for item, count in record["boilerplate"].items()}
+        hits = [Hit(**hit) for hit in record["hits"]]
+        return Contamination(record["conversations"], record["test_items"], hits, boilerplate)
+
     def to_json(self) -> dict[str, Any]:
         """Counts by benchmark and kind, the rules, and every hit."""
         counts: dict[str, Counter[str]] = {}
@@ -102,7 +116,7 @@ class Contamination:
                 "boilerplate_share": BOILERPLATE_SHARE,
             },
             "conversations": self.conversations,
-            "dropped": len(self.rows),
+            "dropped": self.dropped,
             "test_items": self.items,
             "hits_by_benchmark": {name: dict(count) for name, count in sorted(counts.items())},
             "boilerplate": {f"{benchmark}/{item}": n for (benchmark, item), n in self.boilerplate.items()},
@@ -231,9 +245,62 @@ def _messages(conversation: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 yield f"{key}[{number}]", turn["content"]
 
 
-def decontaminate(rows: "datasets.Dataset", texts: Iterable[BenchmarkText]) -> tuple["datasets.Dataset", Contamination]:
-    """A mix's rows (columns `conversation`, JSON text, and `source`) without those that repeat a test item."""
-    conversations = ((row["source"], json.loads(row["conversation"])) for row in rows)
-    found = find_contamination(conversations, BenchmarkIndex(texts))
-    dropped = set(found.rows)
-    return rows.select([row for row in range(len(rows)) if row not in dropped]), found
+class KeptOut:
+    """Test items to keep out of training data, and {benchmark: why} of those that are not here (`missing`).
+
+    The index is built when a source is first looked at.
+    """
+
+    def __init__(self, texts: Sequence[BenchmarkText], missing: dict[str, str] | None = None) -> None:
+        self.texts = texts
+        self.missing = missing or {}
+
+    @cached_property
+    def index(self) -> BenchmarkIndex:
+        return BenchmarkIndex(self.texts)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with the items, the rules and the code that compares."""
+        digest = hashlib.sha256(Path(__file__).read_bytes())
+        digest.update(json.dumps(self.texts).encode())
+        return digest.hexdigest()
+
+    def counts(self) -> dict[str, int]:
+        """Texts by benchmark."""
+        return dict(Counter(benchmark for benchmark, _, _ in self.texts))
+
+    def found_in(self, rows: Iterable[dict[str, Any]], cached: Path) -> Contamination:
+        """The overlaps of a source's rows (`conversation`, JSON text, and `source`), found once and kept in a file.
+
+        Rows are read one by one: what is held in memory is the index and the hits.
+        """
+        if cached.exists():
+            return Contamination.from_json(json.loads(cached.read_text(encoding="utf-8")))
+        found = find_contamination(((row["source"], json.loads(row["conversation"])) for row in rows), self.index)
+        draft = cached.with_name(f".{cached.name}.{os.getpid()}")
+        draft.write_text(json.dumps(found.to_json(), ensure_ascii=True), encoding="utf-8")
+        draft.replace(cached)
+        return found
+
+
+def kept_out(benchmarks: bool | Sequence[str] = True, data: str | Path | None = None) -> KeptOut | None:
+    """The test items of benchmarks (True: all) that are here: in `data`, else HYMBA_TUNE_DATA, else on the hub.
+
+    None where no benchmark is to be kept out.
+    """
+    if not benchmarks:
+        return None
+    return KeptOut(*benchmark_texts(data, None if benchmarks is True else benchmarks))
+
+
+def combined(parts: Iterable[Contamination]) -> Contamination:
+    """Several sources' as one."""
+    whole = Contamination()
+    for part in parts:
+        whole.conversations += part.conversations
+        whole.items |= part.items
+        whole.hits += part.hits
+        for item, count in part.boilerplate.items():
+            whole.boilerplate[item] = whole.boilerplate.get(item, 0) + count
+    return whole

@@ -20,7 +20,7 @@ import hashlib
 import json
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ import datasets
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
+from hymba_tune.data.decontaminate import Contamination, KeptOut, combined, kept_out
 from hymba_tune.data.sources import (
     COLUMNS,
     GENERATORS,
@@ -75,7 +76,8 @@ class Mix(BaseModel):
 @dataclass(frozen=True)
 class SourceCount:
     """One source of a realised mix. read = kept + filtered + ties + skipped; `conversations` of it are in the split,
-    of the rest some are `validation` (held out), some `duplicates`, and some were not asked for.
+    of the rest some are `validation` (held out), some `duplicates`, some `contaminated` (they repeat a benchmark's
+    test item), and some were not asked for.
     """
 
     source: str
@@ -88,6 +90,7 @@ class SourceCount:
     first_skipped: str | None
     kept: int
     duplicates: int
+    contaminated: int
     validation: int
     conversations: int
 
@@ -139,24 +142,72 @@ def realise_mix(
     *,
     validation: int | None = None,
     limit: int | None = None,
+    keep_out: KeptOut | None = None,
     cache_dir: Path | None = None,
 ) -> tuple[datasets.Dataset, list[SourceCount]]:
     """The conversations of a split, shuffled: columns `conversation` (JSON text) and `source`; and a count a source.
 
     `validation` conversations are held out of all sources together, in proportion to their sizes; no training
     conversation equals one of them.
-    `limit` keeps the first so many of the split. `cache_dir` holds the converted sources (None: in datasets' cache).
+    `limit` keeps the first so many of the split. Conversations that repeat one of the test items to `keep_out` are in
+    neither split (generators make theirs up and are not looked at). `cache_dir` holds the converted sources (None: in
+    datasets' cache).
     """
-    folder = cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "hymba_tune"
+    folder = _cache(cache_dir)
     converted = _convert_all(mix, seed, folder)
+    overlaps = _overlaps(mix, seed, folder, converted, keep_out) if keep_out else {}
     rows = datasets.concatenate_datasets([table for table, _ in converted.values()])
     keys: np.ndarray = rows.data.column("key").to_numpy()
     distinct = _distinct(mix, _numbered(converted), keys)
-    pools = {name: _shuffled(ids, seed, name)[: mix.sources[name].take] for name, ids in distinct.items()}
+    clean = {name: _without(ids, _numbered(converted)[name], overlaps.get(name)) for name, ids in distinct.items()}
+    for name, ids in clean.items():
+        if len(distinct[name]) and not len(ids):
+            benchmarks = ", ".join(sorted({hit.benchmark for hit in overlaps[name].hits}))
+            raise UserError(
+                f"{mix.place(name)}: every one of its conversations repeats a test item of {benchmarks}; take another "
+                "source, or list in data.decontaminate the other benchmarks"
+            )
+    pools = {name: _shuffled(ids, seed, name)[: mix.sources[name].take] for name, ids in clean.items()}
     pools, held = _hold_out(pools, keys, validation or 0)
     chosen = held if split == "validation" else _amounts(mix, pools)
     ids = _shuffled(np.concatenate(list(chosen.values())), seed, split)[:limit]
-    return rows.select(ids).remove_columns("key"), _counts(mix, converted, distinct, held, ids)
+    return rows.select(ids).remove_columns("key"), _counts(mix, converted, distinct, clean, held, ids)
+
+
+def mix_contamination(mix: Mix, seed: int, keep_out: KeptOut, cache_dir: Path | None = None) -> Contamination:
+    """The overlaps of all conversations of a mix's sources with the test items, as realise_mix leaves them out."""
+    folder = _cache(cache_dir)
+    return combined(_overlaps(mix, seed, folder, _convert_all(mix, seed, folder), keep_out).values())
+
+
+def mix_kept_out(mix: Mix, benchmarks: bool | Sequence[str] = True, data: str | None = None) -> KeptOut | None:
+    """What decontaminate.kept_out gives; None too for a mix of generators only, which is not looked at."""
+    if all(source.generator for source in mix.sources.values()):
+        return None
+    return kept_out(benchmarks, data)
+
+
+def _cache(cache_dir: Path | None) -> Path:
+    return cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "hymba_tune"
+
+
+def _overlaps(
+    mix: Mix, seed: int, folder: Path, converted: dict[str, tuple[datasets.Dataset, Conversion]], keep_out: KeptOut
+) -> dict[str, Contamination]:
+    """The overlaps of each source but generators; kept under the fingerprints of the source and of the items."""
+    found = {}
+    for name, (table, _) in converted.items():
+        source = mix.sources[name]
+        if source.generator is None:
+            mine = fingerprint(source, mix.kind, mix.skips(name), seed)
+            cached = folder / f"{name}-{mine[:20]}-{keep_out.fingerprint[:20]}.contamination.json"
+            found[name] = keep_out.found_in(table, cached)
+    return found
+
+
+def _without(ids: Ids, all_ids: Ids, overlaps: Contamination | None) -> Ids:
+    """`ids` but for those that repeat a test item; `all_ids` are those of the source's rows in order."""
+    return ids if overlaps is None else ids[~np.isin(ids, all_ids[overlaps.rows])]
 
 
 def _convert_all(mix: Mix, seed: int, folder: Path) -> dict[str, tuple[datasets.Dataset, Conversion]]:
@@ -230,6 +281,7 @@ def _counts(
     mix: Mix,
     converted: dict[str, tuple[datasets.Dataset, Conversion]],
     distinct: dict[str, Ids],
+    clean: dict[str, Ids],
     held: dict[str, Ids],
     ids: Ids,
 ) -> list[SourceCount]:
@@ -245,6 +297,7 @@ def _counts(
             first_skipped=counts.first_skipped,
             kept=counts.kept,
             duplicates=counts.kept - len(distinct[name]),
+            contaminated=len(distinct[name]) - len(clean[name]),
             validation=len(held[name]),
             conversations=int(((ids >= numbers[0]) & (ids <= numbers[-1])).sum()),
         )

@@ -1,20 +1,24 @@
 """Conversations that repeat a test item are found, listed and dropped; what only sounds alike stays."""
 
 import json
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import datasets
 import pytest
 
+from hymba_tune.data.benchmark_texts import BENCHMARKS, benchmark_texts
 from hymba_tune.data.decontaminate import (
     BOILERPLATE_CONVERSATIONS,
     BenchmarkIndex,
-    decontaminate,
+    KeptOut,
     find_contamination,
     words_of,
 )
-from hymba_tune.data.formats import alpaca
+from hymba_tune.data.mix import Mix, load_mix, mix_contamination, mix_kept_out, realise_mix
+from hymba_tune.errors import UserError
+from hymba_tune.recipe import Benchmark
 
 LONG = "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May to them all."
 SHORT = "Find the distance between New York City and Los Angeles"
@@ -105,32 +109,95 @@ def test_boilerplate_is_counted_and_a_copied_item_is_not_boilerplate():
     assert copies.rows == list(range(many, 2 * many))
 
 
-def test_rows_that_repeat_an_item_are_dropped():
-    texts = ["Hello.", LONG, "Good day.", SHORT]
-    rows = datasets.Dataset.from_dict(
-        {"conversation": [json.dumps(user(text)) for text in texts], "source": ["a", "b", "b", "a"]}
-    )
-    kept, found = decontaminate(rows, iter(TEXTS))
-    assert [json.loads(one)["messages"][0]["content"] for one in kept["conversation"]] == ["Hello.", "Good day."]
-    assert found.rows == [1, 3]
-    clean, nothing = decontaminate(kept, TEXTS)
-    assert len(clean) == 2
-    assert nothing.hits == []
+@pytest.fixture
+def mix(tmp_path: Path) -> Mix:
+    """Two sources; two of four conversations repeat an item."""
+    for name, texts in (("a", ["Hello.", LONG, SHORT]), ("b", ["Good day."])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(user(text)) + "\n" for text in texts))
+    (tmp_path / "mix.yaml").write_text("sources: {a: {path: a.jsonl}, b: {path: b.jsonl, weight: 2}}\n")
+    return load_mix(tmp_path / "mix.yaml")
 
 
-def test_the_known_bfcl_questions_in_gpteacher_are_found(data_dir):
-    source = data_dir / "data" / "train_mix" / "gpteacher" / "toolformer-dedupe-only-dataset.json"
-    conversations = [("toolformer", alpaca(row)) for row in json.loads(source.read_text(encoding="utf-8"))]
-    found = find_contamination(conversations, BenchmarkIndex(bfcl_texts(data_dir / "data" / "bfcl_v2")))
-    assert [(hit.row, hit.item) for hit in found.hits if hit.kind == "exact"] == [
+def contents(rows: Any) -> list[str]:
+    return sorted(json.loads(one)["messages"][0]["content"] for one in rows["conversation"])
+
+
+def test_conversations_that_repeat_an_item_are_in_no_split_and_are_counted(mix, tmp_path):
+    kept, counts = realise_mix(mix, 0, keep_out=KeptOut(TEXTS), cache_dir=tmp_path / "cache")
+    assert contents(kept) == ["Good day.", "Good day.", "Hello."]
+    assert [(count.source, count.contaminated, count.conversations) for count in counts] == [("a", 2, 1), ("b", 0, 2)]
+    held, _ = realise_mix(mix, 0, "validation", validation=1, keep_out=KeptOut(TEXTS), cache_dir=tmp_path / "cache")
+    assert contents(held)[0] in ("Hello.", "Good day.")
+    everything, counts = realise_mix(mix, 0, cache_dir=tmp_path / "cache")
+    assert (len(everything), [count.contaminated for count in counts]) == (5, [0, 0])
+
+
+def test_overlaps_are_found_once_and_again_when_items_or_data_change(mix, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    found = mix_contamination(mix, 0, KeptOut(TEXTS), cache)
+    assert [(hit.source, hit.row, hit.item) for hit in found.hits] == [("a", 1, "0"), ("a", 2, "multiple_65")]
+    assert (found.conversations, found.dropped) == (4, 2)
+    monkeypatch.setattr(KeptOut, "index", property(lambda self: pytest.fail("compared again")))
+    assert mix_contamination(mix, 0, KeptOut(TEXTS), cache) == found
+    with pytest.raises(pytest.fail.Exception, match="compared again"):
+        mix_contamination(mix, 0, KeptOut(TEXTS[1:]), cache)
+    with (tmp_path / "b.jsonl").open("a") as file:
+        file.write(json.dumps(user(LONG)) + "\n")
+    with pytest.raises(pytest.fail.Exception, match="compared again"):
+        mix_contamination(load_mix(tmp_path / "mix.yaml"), 0, KeptOut(TEXTS), tmp_path / "other")
+
+
+def test_a_source_that_holds_nothing_but_test_items_is_refused_with_their_benchmarks(mix, tmp_path):
+    everything = [*TEXTS, ("mmlu", "1", "Good day."), ("ifeval", "1", "Hello.")]
+    index = KeptOut(everything + [("mmlu", "2", f"{word} there my good old friend") for word in ("Hello", "Good")])
+    (tmp_path / "a.jsonl").write_text(json.dumps(user(LONG)) + "\n")
+    with pytest.raises(UserError, match=r"mix\.yaml:1: sources\.a: every one .* of gsm8k; take another"):
+        realise_mix(load_mix(tmp_path / "mix.yaml"), 0, keep_out=index, cache_dir=tmp_path / "cache")
+
+
+def test_generators_are_not_looked_at_and_false_keeps_nothing_out(mix, tmp_path, monkeypatch):
+    monkeypatch.setattr("hymba_tune.data.decontaminate.benchmark_texts", lambda *_: pytest.fail("read"))
+    assert mix_kept_out(load_mix("sft1_tiny")) is None
+    assert mix_kept_out(mix, False) is None
+    with pytest.raises(pytest.fail.Exception, match="read"):
+        mix_kept_out(mix, ["gsm8k"])
+
+
+def test_the_texts_are_those_of_every_benchmark_in_the_folder(data_dir):
+    texts, missing = benchmark_texts(data_dir)
+    counts = Counter(benchmark for benchmark, _, _ in texts)
+    assert {name: counts[name] for name in ("gsm8k", "ifeval", "mmlu")} == {"gsm8k": 1319, "ifeval": 541, "mmlu": 14042}
+    assert all(counts[name] for name in BENCHMARKS if name not in missing)
+    assert all("get it from" in why for why in missing.values())
+    for name, item, text in texts:
+        if name == "mmlu":
+            assert len(text.split("\n")[0].split()) >= 8 or "\n" in text, item
+    assert set(get_args(Benchmark)) == set(BENCHMARKS)
+
+
+def test_a_benchmark_that_is_not_here_is_named_and_a_dead_hub_is_asked_once(tmp_path, monkeypatch):
+    texts, missing = benchmark_texts(tmp_path)
+    assert texts == []
+    assert list(missing) == list(BENCHMARKS)
+    asked = []
+
+    def unreachable(*arguments: object, **settings: object) -> None:
+        asked.append(arguments)
+        raise ConnectionError("no route to host")
+
+    monkeypatch.delenv("HYMBA_TUNE_DATA", raising=False)
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    assert list(benchmark_texts(None)[1]) == list(BENCHMARKS)
+    assert len(asked) == 1
+
+
+def test_the_known_bfcl_questions_in_gpteacher_are_found_through_its_mix(data_dir, tmp_path):
+    found = mix_contamination(load_mix("sft2_files"), 0, KeptOut(*benchmark_texts(data_dir, ["bfcl_v2"])), tmp_path)
+    mine = [hit for hit in found.hits if hit.source == "tools_in_text"]
+    assert [(hit.row, hit.item) for hit in mine if hit.kind == "exact"] == [
         (3024, "live_irrelevance_269-57-4"),
         (3260, "irrelevance_54"),
         (6313, "live_irrelevance_269-57-4"),
     ]
-    assert len(found.rows) == 10  # seven more hold a whole short question in a longer text
+    assert len({hit.row for hit in mine}) == 10  # seven more hold a whole short question in a longer text
     assert found.boilerplate == {("bfcl_v2", "live_multiple_125-47-1"): 1151}  # a tool's stock description
-
-
-def bfcl_texts(folder: Path) -> list[tuple[str, str, str]]:
-    lines = [line for path in sorted(folder.glob("BFCL_v2_*.json")) for line in path.read_text().splitlines()]
-    return [("bfcl_v2", row["id"], turn["content"]) for row in map(json.loads, lines) for turn in row["question"]]
