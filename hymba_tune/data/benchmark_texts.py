@@ -93,8 +93,9 @@ def _turns(row: dict[str, Any], path: Path) -> list[str]:
     turns = row.get("question")
     turns = turns if isinstance(turns, list) else [turns]
     found = [turn for one in turns for turn in (one if isinstance(one, list) else [one])]
-    texts = [turn.get("content") if isinstance(turn, dict) else turn for turn in found]
-    if not texts or not all(isinstance(text, str) for text in texts):
+    contents = [turn.get("content") if isinstance(turn, dict) else turn for turn in found]
+    texts = [content for content in contents if isinstance(content, str)]
+    if not texts or len(texts) < len(contents):
         raise UserError(f"{path}: item {row.get('id')!r}: question holds no messages; get the file again")
     return texts
 
