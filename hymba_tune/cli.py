@@ -307,6 +307,18 @@ def data_check(
     check_mix(mix, data=data, out=out, seed=seed)
 
 
+@app.command(name="list")
+def list_runs(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the runs are.")] = Path("runs"),
+) -> None:
+    """List the runs under a folder: stage, state, scores, date."""
+    from rich.console import Console
+
+    from hymba_tune.runs import runs_table
+
+    Console().print(runs_table(folder))
+
+
 @app.command()
 def doctor() -> None:
     """Say what this machine has: packages, devices, and which backend each operation takes and why."""

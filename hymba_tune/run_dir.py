@@ -103,6 +103,19 @@ class RunDir:
             finally:
                 file.truncate(0)
 
+    def is_held(self) -> bool:
+        """Whether a run is alive in the directory. The lock is tried only where a run has left its name in it."""
+        try:
+            with self.lock.open(encoding="utf-8") as file:
+                if not file.read():
+                    return False
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
     def write_text(self, name: str | Path, text: str) -> Path:
         """Replace `name` (relative to the run directory, or a path in it) as a whole."""
         target = self.path / name

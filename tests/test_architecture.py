@@ -39,6 +39,7 @@ ARROWS: dict[str, set[str]] = {
     "inspection": {"run_dir", "data", "weights", "report"},
     "numerics": {"model"},
     "weights": {"recipe", "run_dir", "model", "tiny"},
+    "runs": {"run_dir", "report"},
     "chat": {"data", "evaluation", "model", "report", "weights"},
     "export": {"data", "hub", "report", "weights"},
     "evaluate": {"data", "model", "weights", "evaluation"},
