@@ -49,8 +49,8 @@ COLUMNS: dict[Kind, tuple[str, ...]] = {
 """What `map` may make for the formats of each kind."""
 
 GENERATORS: dict[Kind, tuple[str, ...]] = {
-    "conversations": tuple(synthetic.GENERATORS),
-    "preferences": (),
+    "conversations": tuple(name for name in synthetic.GENERATORS if name not in synthetic.OF_PAIRS),
+    "preferences": synthetic.OF_PAIRS,
     "documents": tuple(synthetic.DOCUMENT_GENERATORS),
 }
 """The names of the embedded generators of each kind."""

@@ -23,7 +23,7 @@ from hymba_tune.data.synthetic.documents import raw_document
 from hymba_tune.data.synthetic.problem import Problem
 from hymba_tune.errors import UserError
 
-__all__ = ["DOCUMENT_GENERATORS", "GENERATORS", "conversations", "held_out", "raw_document"]
+__all__ = ["DOCUMENT_GENERATORS", "GENERATORS", "OF_PAIRS", "conversations", "held_out", "raw_document"]
 
 T = TypeVar("T")
 
@@ -52,6 +52,9 @@ GENERATORS: dict[str, Callable[[random.Random], dict[str, Any]]] = {
     name: _training_generator(draw) for name, draw in _DRAWERS.items()
 }
 """name -> a function that draws one training conversation: {"messages", "tools"?}, or pair."""
+
+OF_PAIRS = ("tiny_preferences",)
+"""Those of GENERATORS that draw preference pairs."""
 
 DOCUMENT_GENERATORS: dict[str, Callable[[random.Random], dict[str, Any]]] = {
     "tiny_documents": lambda rng: {"text": raw_document(rng)}
