@@ -36,6 +36,7 @@ from hymba_tune.weights import (
     save_weights,
     stage_weights,
 )
+from hymba_tune.workers import end_with_parent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -64,6 +65,7 @@ def run_stage(recipe: Recipe, earlier: Literal["refuse", "rerun", "anew"] = "ref
 
     find_tasks(recipe.eval.suites)
     check_launch(recipe)
+    end_with_parent()
     run = RunDir(recipe.output.dir)
     fresh = not run.path.exists()
     with run.locked():

@@ -40,6 +40,7 @@ ARROWS: dict[str, set[str]] = {
     "numerics": {"model"},
     "weights": {"recipe", "run_dir", "model", "tiny"},
     "runs": {"run_dir", "report"},
+    "workers": set(),
     "chat": {"data", "evaluation", "model", "report", "weights"},
     "export": {"data", "hub", "report", "weights"},
     "evaluate": {"data", "model", "weights", "evaluation"},
