@@ -22,8 +22,9 @@ lint: $(TEST_STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# gpu_*.py need an NVIDIA GPU: python -m benchmarks.gpu_NAME
 benchmarks: $(TEST_STAMP)
-	@for script in $$(grep -l __main__ benchmarks/*.py); do \
+	@for script in $$(grep -l __main__ benchmarks/*.py | grep -v /gpu_); do \
 		name=benchmarks.$$(basename $$script .py); echo "== $$name"; $(BIN)/python -m $$name || exit 1; \
 	done
 

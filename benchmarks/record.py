@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
+import statistics
+import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,25 @@ def write_result(name: str, figures: dict[str, Any]) -> Path:
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(record["figures"], indent=1))
     return path
+
+
+def require_gpu() -> None:
+    """End the process with a message where there is no NVIDIA GPU."""
+    if not torch.cuda.is_available():
+        raise SystemExit("this benchmark needs an NVIDIA GPU; torch sees none")
+
+
+def gpu_seconds(work: Callable[[], Any], rounds: int) -> float:
+    """Median seconds of `work` on the GPU, after two calls that compile and warm up."""
+    seconds = []
+    for i in range(rounds + 2):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        if i >= 2:
+            seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
 
 
 def machine() -> dict[str, Any]:
