@@ -9,6 +9,8 @@ zeros: what the numbers are does not change the time.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from benchmarks.gpu_training import official_shape
@@ -38,7 +40,7 @@ def filled_cache(model: HymbaForCausalLM) -> HymbaCache:
 def main() -> None:
     require_gpu()
     bandwidth = copy_bytes_per_second()
-    model = official_shape().to("cuda", torch.bfloat16).eval()
+    model: Any = official_shape().bfloat16().cuda().eval()
     cache = filled_cache(model)
     held = cache.nbytes()
     decoder = StaticDecoder(model, cache)
