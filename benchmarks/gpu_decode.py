@@ -40,7 +40,8 @@ def filled_cache(model: HymbaForCausalLM) -> HymbaCache:
 def main() -> None:
     require_gpu()
     bandwidth = copy_bytes_per_second()
-    model: Any = official_shape().bfloat16().cuda().eval()
+    model: Any = official_shape()
+    model = model.to("cuda", torch.bfloat16).eval()
     cache = filled_cache(model)
     held = cache.nbytes()
     decoder = StaticDecoder(model, cache)

@@ -47,7 +47,8 @@ def step_operations(model: HymbaForCausalLM) -> int:
 def main() -> None:
     require_gpu()
     peak = matrix_peak()
-    model: Any = official_shape().cuda().train()
+    model: Any = official_shape()
+    model = model.to("cuda").train()
     ids = torch.randint(5, model.config.vocab_size, (1, TOKENS), device="cuda")
 
     def step() -> None:
