@@ -1,4 +1,4 @@
-"""The embedded model: what ships is what the command makes, fits its bounds, and has not been taught the tasks."""
+"""The embedded model: what ships fits its bounds and has not been taught the tasks; the command makes one like it."""
 
 import json
 import random
