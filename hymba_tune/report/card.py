@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
 import yaml
 
 from hymba_tune.paths import is_hub_id
 from hymba_tune.report.collect import collect
-from hymba_tune.report.text import fenced, inline
+from hymba_tune.report.markdown import Markdown, render_template
 from hymba_tune.run_dir import RunDir
 
 Form = Literal["model", "adapter"]
@@ -83,29 +82,22 @@ def model_card(
         dtype: of the weights on disk.
     """
     root = _base(str(_of(stages[0], "model", "from")) if stages else base or "scratch")
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("hymba_tune.report", "templates"),
-        autoescape=False,  # Markdown has its own rules: see `_escaped`
-        finalize=_escaped,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {"yaml": _yaml_block, "percent": _percent, "short": _short, "thousands": _thousands}
-    return environment.get_template("model_card.md.jinja").render(
-        front=_Plain(yaml.safe_dump(_front_matter(stages, form, root), sort_keys=False, allow_unicode=True)),
+    filters = {"percent": _percent, "short": _short, "thousands": _thousands}
+    return render_template(
+        "model_card.md.jinja",
+        filters,
+        front=Markdown(yaml.safe_dump(_front_matter(stages, form, root), sort_keys=False, allow_unicode=True)),
         last=stages[-1] if stages else None,
         stages=stages,
         form=form,
-        place=_Plain(place),
+        place=Markdown(place),
         base=root,
         dtype=dtype,
         official=_is_official(root),
         licence=LICENCE,
         scores=_scores(stages[-1]) if stages else [],
         trainer=_trainer_settings(stages[-1]) if stages else {},
-        limits=_Plain(PLACE) if place == PLACE else None,
+        limits=Markdown(PLACE) if place == PLACE else None,
     )
 
 
@@ -169,31 +161,17 @@ def _trainer_settings(results: dict[str, Any]) -> dict[str, Any]:
     return chosen | ({"adapter": settings["adapter"]} if settings.get("adapter") else {})
 
 
-class _Plain(str):
-    """Text that is Markdown already."""
-
-
-def _escaped(value: Any) -> str:
-    if isinstance(value, _Plain):
-        return value
-    return "–" if value is None else inline(str(value))
-
-
-def _yaml_block(value: Any) -> _Plain:
-    return _Plain(fenced(yaml.safe_dump(value, sort_keys=False, allow_unicode=True).strip(), "yaml"))
-
-
-def _percent(metric: dict[str, Any] | None) -> _Plain:
+def _percent(metric: dict[str, Any] | None) -> Markdown:
     """`42.3 ± 2.8`, in percent."""
     if metric is None:
-        return _Plain("–")
+        return Markdown("–")
     error = "" if metric["stderr"] is None else f" ± {100 * metric['stderr']:.1f}"
-    return _Plain(f"{100 * metric['value']:.1f}{error}")
+    return Markdown(f"{100 * metric['value']:.1f}{error}")
 
 
-def _short(value: float | None) -> _Plain:
-    return _Plain("–" if value is None else f"{value:.4g}")
+def _short(value: float | None) -> Markdown:
+    return Markdown("–" if value is None else f"{value:.4g}")
 
 
-def _thousands(value: int | None) -> _Plain:
-    return _Plain("–" if value is None else f"{value:,}".replace(",", " "))
+def _thousands(value: int | None) -> Markdown:
+    return Markdown("–" if value is None else f"{value:,}".replace(",", " "))

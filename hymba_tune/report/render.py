@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
 import yaml
 
 from hymba_tune.report.collect import STEPS, collect, thinned
 from hymba_tune.report.figures import count, duration, number, percent, points
+from hymba_tune.report.markdown import Markdown, render_template
 from hymba_tune.report.page import render_page
 from hymba_tune.report.pipeline import collect_pipeline, is_pipeline
 from hymba_tune.report.scores import verdict
@@ -27,10 +27,6 @@ FIGURES: dict[str, Callable[[Any], str]] = {"percent": percent, "count": count, 
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 60
 CURVE_ROWS = 10
-
-
-class Markdown(str):
-    """Text that is Markdown already."""
 
 
 def write_report(path: str | Path) -> Path:
@@ -58,39 +54,21 @@ def rebuild(path: str | Path) -> Path:
 
 def render_markdown(results: dict[str, Any], kind: Literal["stage", "pipeline"] = "stage") -> str:
     """The report of `collect`'s results, or of `collect_pipeline`'s."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("hymba_tune.report", "templates"),
-        autoescape=False,  # Markdown has its own rules: see `_escaped`
-        finalize=_escaped,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {
+    filters = {
         **{name: _markdown(figure) for name, figure in FIGURES.items()},
         "points": _points,
         "sparkline": _sparkline,
         "answer": lambda value: Markdown(fenced(shortened(_as_text(value), ANSWER_CHARACTERS))),
-        "yaml": lambda value: Markdown(
-            fenced(yaml.safe_dump(value, sort_keys=False, allow_unicode=True).strip(), "yaml")
-        ),
         "code": lambda value: Markdown(f"`{inline(str(value)).replace('`', '')}`"),
         "brief": _brief,
         "columns": _columns,
         "thinned": lambda points: thinned(points, CURVE_ROWS),
     }
-    return environment.get_template(f"{kind}.md.jinja").render(results=results, steps=STEPS)
+    return render_template(f"{kind}.md.jinja", filters, results=results, steps=STEPS)
 
 
 def _markdown(figure: Callable[[Any], str]) -> Callable[[Any], Markdown]:
     return lambda value: Markdown(figure(value))
-
-
-def _escaped(value: Any) -> str:
-    if isinstance(value, Markdown):
-        return value
-    return "–" if value is None else inline(str(value))
 
 
 def _as_text(value: Any) -> str:
