@@ -4,11 +4,13 @@
 
 Rank 0 prints to this terminal, the others to files. Whatever goes wrong comes back as one error: that of the rank that
 failed first. However this process ends, nothing that it started stays: the kernel ends each process with its parent.
+With several machines each has such a tree; machines.py holds them together.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -17,15 +19,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from hymba_tune.errors import UserError
+from hymba_tune.machines import Alone, Failure, PartnerEnded, Partners
 from hymba_tune.provenance import gpus, version
 from hymba_tune.recipe import Recipe
 from hymba_tune.topology import Topology
 
 # What torchrun waits between asking ranks to end and ending them, and some.
 PATIENCE_SECONDS = 40.0
+_CHECK_SECONDS = 0.5
 # A rank that another's failure ended: by torchrun (SIGTERM), or by a connection that broke.
 _ENDED_BY_US = {-signal.SIGTERM, -signal.SIGINT}
 
@@ -52,8 +55,10 @@ def check_launch(recipe: Recipe) -> None:
         raise UserError(f"launch.config: {launch.config} needs DeepSpeed: pip install 'hymba-tune[deepspeed]'")
     if sharing.kind == "deepspeed" and (sharing.offload or not devices):
         _check_compiling(launch.config)
-    if devices and launch.processes > devices:
-        raise UserError(f"launch.processes: {launch.processes}, but there are {devices} GPUs here; set it to {devices}")
+    if devices and launch.processes > devices * launch.machines:
+        most = devices * launch.machines
+        where = "here" if launch.machines == 1 else f"on each of launch.machines: {launch.machines}"
+        raise UserError(f"launch.processes: {launch.processes}, but there are {devices} GPUs {where}; set it to {most}")
 
 
 def _check_compiling(config: str) -> None:
@@ -63,32 +68,54 @@ def _check_compiling(config: str) -> None:
             raise UserError(f"launch.config: {config}: DeepSpeed compiles here and finds no {tools[-1]}; {remedy}")
 
 
-def launch(function: str, arguments: Sequence[str], topology: Topology, reports: Path) -> None:
+def launch(
+    function: str, arguments: Sequence[str], topology: Topology, reports: Path, partners: Partners | None = None
+) -> None:
     """Call a function in every process of a topology, and return when all have returned.
 
     Args:
         function: `package.module:name`; it finds rank and world size in the environment, as torchrun sets them.
         arguments: texts that it is called with.
         reports: a folder for what ranks other than 0 print and for errors; emptied first. All machines share it.
+        partners: the other machines; the topology is what their `prepare` said.
 
     Raises:
         UserError: a rank raised one, or was killed; the message is that of the first.
         RankFailed: a rank raised something else first.
+        PartnerEnded: the ranks of this machine were ended because another's failed, which the first machine tells.
         KeyboardInterrupt, SystemExit: this process got SIGINT, or SIGTERM; the ranks were told.
     """
+    partners = partners or Alone()
     _empty(reports, topology.machine)
     command = [sys.executable, "-m", "hymba_tune.rank", "host", str(os.getpid()), str(reports)]
     command += [*topology.arguments(), "-m", "hymba_tune.rank", "work", str(reports), function, *arguments]
+    partners.begin()
     process = subprocess.Popen(command, env=_environment(), start_new_session=True)
+    stopped, code = False, 0
     with _forwarded_signals(process) as received:
         try:
-            code = process.wait()
+            code = _wait(process, partners)
+        except PartnerEnded:
+            stopped = True
         finally:
             _end(process)
+    failures = partners.end(_failures(reports, code))
     if received:
         raise KeyboardInterrupt if received[0] == signal.SIGINT else SystemExit(128 + received[0])
-    if code:
-        raise _first_failure(reports, code)
+    if failures:
+        first = min(failures, key=lambda failure: failure.time)
+        raise (UserError if first.user_error else RankFailed)(first.message)
+    if stopped:
+        raise PartnerEnded
+
+
+def _wait(process: subprocess.Popen[bytes], partners: Partners) -> int:
+    """The exit code of a process; raises PartnerEnded where it is to end instead."""
+    while True:
+        try:
+            return process.wait(_CHECK_SECONDS)
+        except subprocess.TimeoutExpired:
+            partners.check()
 
 
 def _empty(reports: Path, machine: int) -> None:
@@ -142,26 +169,28 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             process.wait()
 
 
-def _first_failure(reports: Path, code: int) -> Exception:
-    """The error that came first, from what ranks and hosts left in the reports."""
+def _failures(reports: Path, code: int) -> list[Failure]:
+    """What ranks and hosts left in the reports of a launch that ended with a code; nothing where that is 0."""
+    if not code:
+        return []
     hosts = [json.loads(path.read_text(encoding="utf-8")) for path in reports.glob("host-*.json")]
-    codes = {int(rank): code for host in hosts for rank, code in host["exit_codes"].items()}
-    killed = {rank: code for rank, code in codes.items() if code < 0 and code not in _ENDED_BY_US}
-    if killed:
-        rank, code = min(killed.items())
-        name = signal.Signals(-code).name
-        hint = " (out of memory, as a rule: lower trainer.per_device_train_batch_size or data.max_length, or take "
-        hint += "another launch.config)"
-        return UserError(f"rank {rank} was ended by {name}{hint if name == 'SIGKILL' else ''}; logs in {reports}")
-    failures: list[dict[str, Any]] = sorted(
-        (json.loads(path.read_text(encoding="utf-8")) for path in reports.glob("rank-*.json")),
-        key=lambda failure: failure["time"],
+    ranks = [json.loads(path.read_text(encoding="utf-8")) for path in reports.glob("rank-*.json")]
+    failures = [_killed(int(rank), code, reports) for host in hosts for rank, code in host["exit_codes"].items()]
+    for left in (*ranks, *(host for host in hosts if "message" in host)):
+        where = f"rank {left['rank']} ({reports / 'rank-'}{left['rank']}.log)" if "rank" in left else "the launcher"
+        message = left["message"] if left["user_error"] else f"{left['type']} in {where}: {left['message']}"
+        failures.append(Failure(left.get("time", math.inf), message, left["user_error"]))
+    silent = Failure(math.inf, f"the processes ended with code {code} and left no error; logs in {reports}")
+    return [failure for failure in failures if failure] or [silent]
+
+
+def _killed(rank: int, code: int, reports: Path) -> Failure | None:
+    """That a signal not of ours ended a rank: what others then say follows from it."""
+    if code >= 0 or code in _ENDED_BY_US:
+        return None
+    name = signal.Signals(-code).name
+    hint = " (out of memory, as a rule: lower trainer.per_device_train_batch_size or data.max_length, or take "
+    hint += "another launch.config)"
+    return Failure(
+        0, f"rank {rank} was ended by {name}{hint if name == 'SIGKILL' else ''}; logs in {reports}", user_error=True
     )
-    failures += [host for host in hosts if "message" in host]
-    if not failures:
-        return RankFailed(f"the processes ended with code {code} and left no error; logs in {reports}")
-    first = failures[0]
-    if first["user_error"]:
-        return UserError(first["message"])
-    where = f"rank {first['rank']} ({reports / 'rank-'}{first['rank']}.log)" if "rank" in first else "the launcher"
-    return RankFailed(f"{first['type']} in {where}: {first['message']}")

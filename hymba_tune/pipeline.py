@@ -7,14 +7,17 @@ below the pipeline's, so what is finished is skipped, and what has changed runs 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from typing import NoReturn
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hymba_tune.errors import UserError
+from hymba_tune.machines import Alone, Follower, Lead, PartnerEnded, Partners, Place, find_place
 from hymba_tune.paths import find
 from hymba_tune.recipe import OutputSection, Recipe, load_recipe
 from hymba_tune.run_dir import RunDir
@@ -40,6 +43,18 @@ class Pipeline:
 
     stages: list[Recipe]
     folder: Path | None = None
+
+    @property
+    def machines(self) -> int:
+        """Machines that the stages need; one may train on a single machine between others on several.
+
+        Raises:
+            UserError: two stages need several, but not as many.
+        """
+        found = sorted({recipe.launch.machines for recipe in self.stages} - {1})
+        if len(found) > 1:
+            raise UserError(f"launch.machines: stages want {found[0]} and {found[1]}; set it to one of them, or to 1")
+        return found[0] if found else 1
 
     def depending_on(self, name: str) -> set[str]:
         """The stage called `name` and all that start, directly or not, from what it writes.
@@ -99,8 +114,48 @@ def run_pipeline(
         only: run no other stage.
         force: run everything anew.
 
-    Given again after a kill, `start` and `force` go on with what they had begun anew.
+    Given again after a kill, `start` and `force` go on with what they had begun anew. On several machines each runs
+    the same: the first runs the stages, the others join in their training.
+
+    Raises:
+        SystemExit: on a machine that is not the first; with the code of the first.
     """
+    machines = pipeline.machines
+    if machines == 1:
+        return _run(pipeline, Alone(), start, only, force)
+    place = find_place(machines, next(recipe.launch.port for recipe in pipeline.stages if recipe.launch.machines > 1))
+    if place.machine:
+        _join(pipeline, place)
+    with Lead(place) as partners:
+        return _run(pipeline, partners, start, only, force)
+
+
+def _join(pipeline: Pipeline, place: Place) -> NoReturn:
+    """Join in each training that the first machine begins, until it says that the run is over."""
+    from hymba_tune.launch import RankFailed, check_launch
+    from hymba_tune.stage import await_stage, join_stage
+
+    stages = {recipe.stage: recipe for recipe in pipeline.stages}
+    problem = None
+    try:
+        for recipe in pipeline.stages:
+            if recipe.launch.machines > 1:
+                check_launch(recipe)
+    except UserError as error:
+        problem = str(error)
+    with Follower(place, problem) as partners:
+        while True:
+            stage = partners.next_stage()
+            if stage not in stages:
+                raise UserError(
+                    f"the first machine trains {stage}, which is not in the recipe here; make them the same"
+                )
+            await_stage(stages[stage])
+            with contextlib.suppress(PartnerEnded, RankFailed, UserError):  # the first machine says it
+                join_stage(stages[stage], partners)
+
+
+def _run(pipeline: Pipeline, partners: Partners, start: str | None, only: str | None, force: bool) -> list[RunDir]:
     from hymba_tune.stage import run_stage
 
     anew = pipeline.depending_on(start) if start else set()
@@ -111,10 +166,10 @@ def run_pipeline(
     runs = []
     for recipe in chosen:
         if request.waits_for(recipe.stage):
-            runs.append(run_stage(recipe, "anew"))
+            runs.append(run_stage(recipe, "anew", partners))
             request.finished(recipe.stage)
         else:
-            runs.append(run_stage(recipe, "refuse" if pipeline.folder is None else "rerun"))
+            runs.append(run_stage(recipe, "refuse" if pipeline.folder is None else "rerun", partners))
         _report(pipeline)
     request.end()
     return runs

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -40,8 +41,9 @@ def die_with_parent(parent: int) -> None:
 
 
 def host(parent: int, reports: Path, arguments: Sequence[str]) -> int:
-    """Run `accelerate launch`; what it knows of ranks that a signal ended goes to reports/host-PID.json."""
+    """Run `accelerate launch`; what it knows of ranks that a signal ended goes to reports/host-NAME-PID.json."""
     die_with_parent(parent)
+    report = reports / f"host-{socket.gethostname()}-{os.getpid()}.json"
     os.environ[HOST] = str(os.getpid())
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -51,10 +53,10 @@ def host(parent: int, reports: Path, arguments: Sequence[str]) -> int:
         launch_command(launch_command_parser().parse_args(list(arguments)))
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        _write(reports / f"host-{os.getpid()}.json", {"exit_codes": codes})
+        _write(report, {"exit_codes": codes})
         return 1
     except Exception as error:
-        _write(reports / f"host-{os.getpid()}.json", {"exit_codes": {}, **_described(error)})
+        _write(report, {"exit_codes": {}, **_described(error)})
         return 1
     return 0
 

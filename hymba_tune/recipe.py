@@ -107,11 +107,14 @@ class TrainerSection(_Section):
 class LaunchSection(_Section):
     """The processes: an accelerate configuration, by its name in `accelerate_configs/` or a file, and how many.
 
-    No step within `step_timeout` minutes: the run is stopped as hung.
+    `processes` is over all `machines`. Each machine runs the same command, and knows by NODE_RANK which it is; they
+    meet at MASTER_ADDR and MASTER_PORT (else `port`); see machines.py. No step within `step_timeout` minutes: the run
+    is stopped as hung.
     """
 
     config: str = "single"
     processes: PositiveInt = 1
+    machines: PositiveInt = 1
     port: int | None = Field(default=None, ge=1, le=65535)
     step_timeout: float = Field(default=30.0, gt=0)
 
@@ -122,8 +125,8 @@ class LaunchSection(_Section):
 
     @property
     def topology(self) -> Topology:
-        """Where the processes run: all on this machine."""
-        return Topology(find_config(self.config), self.processes, port=self.port)
+        """Which processes there are; with several machines without the place where they meet."""
+        return Topology(find_config(self.config), self.processes, self.machines, port=self.port)
 
 
 class EvalSection(_Section):
@@ -415,6 +418,12 @@ def _launch_contradictions(recipe: Recipe) -> Iterator[tuple[Location, str]]:
         return
     if sharing.kind == "single" and launch.processes != 1:
         yield ("launch", "processes"), f"{launch.processes}: launch.config single is one process"
+    if launch.processes % launch.machines:
+        yield (
+            ("launch", "processes"),
+            f"{launch.processes}: over all machines, as many on each: make it a multiple of launch.machines: "
+            f"{launch.machines}",
+        )
     if sharing.kind in ("ddp", "fsdp") and launch.processes == 1:
         yield ("launch", "processes"), f"1: {launch.config} shares the work of several; set it to the number of GPUs"
     optimizer = str((trainer.model_extra or {}).get("optim", "adamw_torch"))

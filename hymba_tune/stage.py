@@ -11,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -24,6 +26,7 @@ from rich.progress import Progress, TaskID
 from hymba_tune.code_version import weights_code
 from hymba_tune.errors import UserError
 from hymba_tune.launch import check_launch, launch
+from hymba_tune.machines import Alone, Partners
 from hymba_tune.numerics import fix_numerics
 from hymba_tune.recipe import DATA_KINDS, Recipe, load_recipe
 from hymba_tune.run_dir import Moment, RunDir
@@ -43,17 +46,25 @@ if TYPE_CHECKING:
 
 console = Console(stderr=True)
 
+VISIBLE_SECONDS = 60.0
+"""A network file system shows to others what is new after half a minute, or so."""
+
+_RANK = "hymba_tune.stage:train_rank"
+
 LOST_SHARE = 0.05
 """More than this share of the documents dropped or cut is worth a warning."""
 
 
-def run_stage(recipe: Recipe, earlier: Literal["refuse", "rerun", "anew"] = "refuse") -> RunDir:
+def run_stage(
+    recipe: Recipe, earlier: Literal["refuse", "rerun", "anew"] = "refuse", partners: Partners | None = None
+) -> RunDir:
     """Run what is not finished yet of a stage, and return its directory.
 
     Args:
         earlier: what becomes of a run of another recipe (or of other data, or weights) in the directory: it is refused,
             or replaced (rerun); `anew` replaces a run of the same recipe too, but goes on with one that was begun anew
             and cut.
+        partners: the other machines, which join in the training.
 
     Raises:
         UserError: the recipe, its data or its weights can't be used, or the directory holds another run or is in use.
@@ -86,7 +97,7 @@ def run_stage(recipe: Recipe, earlier: Literal["refuse", "rerun", "anew"] = "ref
                 _evaluate(recipe, run, "before")
         with _step(run, state, "training") as todo:
             if todo:
-                _train(recipe, run)
+                _train(recipe, run, partners or Alone())
         shutil.rmtree(run.checkpoints, ignore_errors=True)
         with _step(run, state, "after") as todo:
             if todo and recipe.eval.after:
@@ -310,13 +321,36 @@ def _trainable(recipe: Recipe, run: RunDir, tokenizer: PreTrainedTokenizerFast) 
     return adapted
 
 
-def _train(recipe: Recipe, run: RunDir) -> None:
+def _train(recipe: Recipe, run: RunDir, partners: Partners) -> None:
     """Train in this process, or in several that launch.py starts and that read everything from the run directory."""
     if recipe.launch.sharing.kind == "single":
         _train_here(recipe, run)
         return
     _keep_start(recipe, run)
-    launch("hymba_tune.stage:train_rank", [str(run.path)], recipe.launch.topology, run.ranks)
+    launch(_RANK, [str(run.path)], partners.prepare(recipe.stage, recipe.launch.topology), run.ranks, partners)
+
+
+def await_stage(recipe: Recipe) -> None:
+    """See the run that the first of several machines is about to train.
+
+    Raises:
+        UserError: its directory is not on this machine.
+    """
+    run = RunDir(recipe.output.dir)
+    patience = time.monotonic() + VISIBLE_SECONDS
+    while not run.recipe.exists():
+        if time.monotonic() > patience:
+            raise UserError(
+                f"output.dir: {run.path} is not on machine {socket.gethostname()}; put it on a disk that all machines "
+                "share, under one path"
+            )
+        time.sleep(1)
+
+
+def join_stage(recipe: Recipe, partners: Partners) -> None:
+    """This machine's ranks of a training that the first machine has begun; raises what launch does."""
+    run = RunDir(recipe.output.dir)
+    launch(_RANK, [str(run.path)], partners.prepare(recipe.stage, recipe.launch.topology), run.ranks, partners)
 
 
 def train_rank(folder: str) -> None:

@@ -64,8 +64,10 @@ class Topology:
             "num_processes": self.processes,
             "num_machines": self.machines,
             "machine_rank": self.machine,
-            "main_process_port": self.port or (_free_port() if self.machines == 1 else DEFAULT_PORT),
+            "main_process_port": self.port or (free_port() if self.machines == 1 else DEFAULT_PORT),
             "main_process_ip": self.address,
+            # accelerate would have DeepSpeed start all machines over ssh; each starts its own ranks here
+            "deepspeed_multinode_launcher": "standard" if self.machines > 1 else None,
         }
         return [text for name, value in options.items() if value is not None for text in (f"--{name}", str(value))]
 
@@ -121,8 +123,9 @@ def _section(values: Mapping[str, object], name: str) -> Mapping[str, object]:
     return section if isinstance(section, dict) else {}
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on, on any address of this machine."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind(("", 0))
         port: int = probe.getsockname()[1]
         return port

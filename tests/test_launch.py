@@ -5,13 +5,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from hymba_tune.errors import UserError
 from hymba_tune.launch import RankFailed, launch
-from hymba_tune.topology import Topology, config_names, find_config, read_sharing
+from hymba_tune.machines import Follower, Lead, Place
+from hymba_tune.topology import Topology, config_names, find_config, free_port, read_sharing
 
 HERE = Path(__file__)
 
@@ -26,6 +30,27 @@ def fail(kind: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         raise UserError("trainer.x: 5: too much") if kind == "user" else ValueError("a bug")
     time.sleep(60)
+
+
+def lead(function: str, argument: str, place: Place, reports: Path) -> None:
+    """The first of two machines, and on its port the second."""
+    with Lead(place, 60) as partners:
+        topology = partners.prepare("stage", Topology(find_config("ddp"), 2, 2))
+        launch(f"tests.test_launch:{function}", [argument], topology, reports, partners)
+
+
+def follow(function: str, argument: str, place: Place, reports: Path) -> None:
+    with Follower(replace(place, machine=1), patience=60) as partners:
+        topology = partners.prepare(partners.next_stage(), Topology(find_config("ddp"), 2, 2))
+        launch(f"tests.test_launch:{function}", [argument], topology, reports, partners)
+
+
+@contextmanager
+def second_machine(function: str, argument: str, place: Place, reports: Path) -> Iterator[subprocess.Popen[bytes]]:
+    code = f"from tests.test_launch import *\nfollow({function!r}, {argument!r}, {place!r}, Path({str(reports)!r}))"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=HERE.parents[1]) as process:
+        yield process
+        process.wait(60)
 
 
 def wait(folder: str) -> None:
@@ -56,6 +81,27 @@ def test_the_first_failure_comes_back(tmp_path: Path, kind: str, error: type[Exc
         start("fail", kind, tmp_path)
 
 
+def test_two_launchers_make_one_world(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    place = Place(0, 2, "127.0.0.1", free_port())
+    with second_machine("greet", "hello", place, tmp_path):
+        lead("greet", "hello", place, tmp_path)
+    assert "rank 0 of 2: hello" in capfd.readouterr().out
+    assert (tmp_path / "rank-1.log").read_text() == "rank 1 of 2: hello\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [("bug", RankFailed, r"ValueError in rank 1 .*: a bug"), ("killed", UserError, "rank 1 was ended by SIGKILL")],
+)
+def test_a_failure_on_the_other_machine_comes_back(
+    tmp_path: Path, kind: str, error: type[Exception], message: str
+) -> None:
+    place = Place(0, 2, "127.0.0.1", free_port())
+    with second_machine("fail", kind, place, tmp_path) as other, pytest.raises(error, match=message):
+        lead("fail", kind, place, tmp_path)
+    assert other.returncode == 1
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_no_rank_outlives_its_launcher(tmp_path: Path, number: signal.Signals) -> None:
     code = f"from tests.test_launch import *\nstart('wait', {str(tmp_path)!r}, Path({str(tmp_path / 'reports')!r}))"
@@ -76,5 +122,5 @@ def test_no_rank_outlives_its_launcher(tmp_path: Path, number: signal.Signals) -
 @pytest.mark.parametrize("name", config_names())
 def test_every_shipped_configuration_is_understood(name: str) -> None:
     sharing = read_sharing(find_config(name))
-    stage = int(name[4]) if name.startswith("zero") else 0
+    stage = int(name.partition("zero")[2][:1] or 0)
     assert (sharing.stage, sharing.offload) == (stage, name.endswith("offload"))
