@@ -17,7 +17,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any, Protocol
@@ -255,44 +255,45 @@ class Lead:
     def begin(self) -> None:
         self._done = {}
         if self._order:
-            for machine, link in self._links.items():
-                self._or_gone(machine, lambda link=link: link.send(**self._order))
+            self._tell(self._links, **self._order)
 
     def check(self) -> None:
-        if not self._order:
-            return
-        for machine, link in self._links.items():
-            if machine not in self._done:
-                self._or_gone(machine, lambda machine=machine, link=link: self._note(machine, link.receive(0)))
-        if any(self._done.values()):
-            raise PartnerEnded
+        if self._order:
+            for machine in self._links.keys() - self._done.keys():
+                with self._noticed(machine):
+                    self._note(machine, self._links[machine].receive(0))
+            if any(self._done.values()):
+                raise PartnerEnded
 
     def end(self, failures: Sequence[Failure]) -> list[Failure]:
-        """Wait for the others, told to end if this machine's ranks failed."""
+        """Wait for the others, told to end if ranks have failed anywhere."""
         if not self._order:
             return list(failures)
         if failures or any(self._done.values()):
-            for machine in self._links.keys() - self._done.keys():
-                self._or_gone(machine, lambda machine=machine: self._links[machine].send(stop=True))
+            self._tell(self._links.keys() - self._done.keys(), stop=True)
         deadline = time.monotonic() + END_SECONDS
-        for machine in sorted(self._links.keys() - self._done.keys()):
-            self._or_gone(machine, lambda machine=machine: self._wait(machine, deadline))
+        for machine in self._links.keys() - self._done.keys():
+            with self._noticed(machine):
+                message = self._links[machine].receive(max(deadline - time.monotonic(), 0))
+                if message is None:
+                    raise ConnectionError(f"no word within {END_SECONDS:.0f} s")
+                self._note(machine, message)
         return [*failures, *filter(None, self._done.values())]
 
-    def _wait(self, machine: int, deadline: float) -> None:
-        message = self._links[machine].receive(max(deadline - time.monotonic(), 0))
-        if message is None:
-            raise ConnectionError(f"no word within {END_SECONDS:.0f} s")
-        self._note(machine, message)
+    def _tell(self, machines: Iterable[int], **message: Any) -> None:
+        for machine in machines:
+            with self._noticed(machine):
+                self._links[machine].send(**message)
 
     def _note(self, machine: int, message: dict[str, Any] | None) -> None:
         if message is not None:
             self._done[machine] = _failure(message.get("done"))
 
-    def _or_gone(self, machine: int, act: Callable[[], None]) -> None:
-        """Do something with a machine's connection; if that is broken, the machine has failed."""
+    @contextlib.contextmanager
+    def _noticed(self, machine: int) -> Iterator[None]:
+        """If the connection to a machine turns out to be broken, the machine has failed."""
         try:
-            act()
+            yield
         except ConnectionError as error:
             where = f"machine {machine} ({self._names[machine]})"
             self._done[machine] = Failure(0, f"{where} is gone ({error}); its own output says why", user_error=True)

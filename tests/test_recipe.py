@@ -124,6 +124,10 @@ def test_a_missing_recipe_is_refused():
         ("adapter:\n  r: 8\n", "recipes/one.yaml:10: adapter.type: missing; add it"),
         ("eval:\n  limit: '5'\n", "recipes/one.yaml:11: eval.limit: '5': input should be a valid integer"),
         ("launch:\n  processes: 2\n", "recipes/one.yaml:11: launch.processes: 2: launch.config single is one process"),
+        (
+            "launch: {config: ddp, processes: 3, machines: 2}\n",
+            "recipes/one.yaml:10: launch.processes: 3: over all machines, as many on each: make it a multiple of",
+        ),
     ],
 )
 def test_a_mistake_in_the_file_is_named_with_line_field_value_and_remedy(recipe_file, text, message):
