@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hymba_tune.model.ops import segments
 from hymba_tune.model.ops import triton_conv_kernels as kernels
 from hymba_tune.model.ops.triton_scan import rows_of
 
@@ -26,7 +27,8 @@ def causal_conv1d(
     wide = torch.promote_types(x.dtype, torch.float32)
     state = None if initial_state is None else initial_state.to(x.dtype).contiguous()
     parameters = (weight.to(wide).contiguous(), bias.to(wide).contiguous())
-    return _CausalConv1d.apply(rows_of(x), *parameters, state, cu_seqlens.to(x.device, torch.long).contiguous())
+    ends = segments.boundaries(cu_seqlens, x.device)
+    return _CausalConv1d.apply(rows_of(x), *parameters, state, ends, *segments.owners(ends, len(x)))
 
 
 class _CausalConv1d(torch.autograd.Function):
@@ -34,46 +36,52 @@ class _CausalConv1d(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, initial: Tensor | None, cu_seqlens: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        initial: Tensor | None,
+        cu_seqlens: Tensor,
+        segments: Tensor,
+        firsts: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        launch = _Launch(x, weight, initial, cu_seqlens)
+        launch = _Launch(x, weight, initial, len(cu_seqlens) - 1)
+        owners = {"segments": segments, "firsts": firsts}
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         final = x.new_empty(launch.segments_in_all, *weight.shape)
-        launch.tokens(kernels.forward, **launch.read, **launch.owners, weight=weight, bias=bias, y=y)
+        launch.tokens(kernels.forward, **launch.read, **owners, weight=weight, bias=bias, y=y)
         launch.states(kernels.final_states, **launch.read, cu_seqlens=cu_seqlens, final=final)
-        ctx.save_for_backward(x, weight, bias, initial, cu_seqlens)
+        ctx.save_for_backward(x, weight, bias, initial, cu_seqlens, segments, firsts)
         return y, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, initial, cu_seqlens = ctx.saved_tensors
+        x, weight, bias, initial, cu_seqlens, segments, firsts = ctx.saved_tensors
         dy, dfinal = (g.contiguous() for g in upstream)
-        launch = _Launch(x, weight, initial, cu_seqlens)
+        launch = _Launch(x, weight, initial, len(cu_seqlens) - 1)
+        owners = {"segments": segments, "firsts": firsts}
         dz, dx = weight.new_empty(x.shape), torch.empty(x.shape, dtype=x.dtype, device=x.device)
         dweight, dbias = (weight.new_empty(launch.programs, *t.shape) for t in (weight, bias))
-        launch.tokens(kernels.before_silu, **launch.read, **launch.owners, weight=weight, bias=bias, dy=dy, dz=dz,
+        launch.tokens(kernels.before_silu, **launch.read, **owners, weight=weight, bias=bias, dy=dy, dz=dz,
                       dweight=dweight, dbias=dbias)  # fmt: skip
         after = {"dz": dz, "dfinal": dfinal, "weight": weight, "cu_seqlens": cu_seqlens}
-        launch.tokens(kernels.inputs_gradient, **after, segments=launch.segments, dx=dx)
+        launch.tokens(kernels.inputs_gradient, **after, segments=segments, dx=dx)
         of_initial = None
         if initial is not None:
             dinitial = weight.new_empty(dfinal.shape)
             launch.states(kernels.initial_gradient, **after, dinitial=dinitial)
             of_initial = dinitial.sum_to_size(initial.shape).to(initial.dtype)
-        return dx, dweight.sum(0), dbias.sum(0), of_initial, None
+        return dx, dweight.sum(0), dbias.sum(0), of_initial, None, None, None
 
 
 class _Launch:
     """What the kernels of one call share, by the names of their parameters."""
 
-    def __init__(self, x: Tensor, weight: Tensor, initial: Tensor | None, cu_seqlens: Tensor) -> None:
+    def __init__(self, x: Tensor, weight: Tensor, initial: Tensor | None, segments_in_all: int) -> None:
         self.total, self.channels = x.shape
-        self.segments_in_all = len(cu_seqlens) - 1
+        self.segments_in_all = segments_in_all
         self.taps = weight.shape[1]
-        position = torch.arange(self.total, device=x.device)
-        self.segments = torch.bucketize(position, cu_seqlens[1:], right=True)
-        self.owners = {"segments": self.segments, "firsts": cu_seqlens[self.segments]}
         row = int(initial is not None and len(initial) > 1)
         self.read = {"x": x, "x_row": x.stride(0), "initial": initial, "initial_row": row, "GIVEN": initial is not None}
         self.programs = triton.cdiv(self.total, TOKENS)
