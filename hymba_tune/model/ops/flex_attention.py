@@ -1,10 +1,10 @@
 """Attention on a GPU by torch's FlexAttention: blocks of tokens that may not see each other are never computed.
 
-Signature, shapes and semantics: reference.py. Besides the prefix a query sees one range of keys, from the first that its
-document and its window leave it to its own. Neither end of that range ever decreases along the stream, so the ranges at
-the borders of two blocks say whether their tokens see each other, and no mask of tokens by tokens is laid out. Which
-blocks those are depends on the documents and the window alone: a forward pass derives it twice, for the global layers
-and for the windowed ones.
+Signature, shapes and semantics: reference.py. Besides the prefix a query sees one range of keys, from the first that
+its document and its window leave it to its own. Neither end of that range ever decreases along the stream, so the
+ranges at the borders of two blocks say whether their tokens see each other, and no mask of tokens by tokens is laid
+out. Which blocks those are depends on the documents and the window alone: a forward pass derives it twice, for the
+global layers and for the windowed ones.
 
 Documents, window, prefix and lengths reach the compiled function as values of tensors and as dimensions that it takes
 as varying. So one kernel serves all layers and rows of any length.
@@ -33,6 +33,9 @@ BLOCK = 128
 
 DENSE = 256
 """Tokens of a stream that is as well computed densely: the meta tokens, a short question."""
+
+KERNELS = 64
+"""Compiled at most: one for each geometry of heads and dtype, with gradients and without. torch's limit is 8."""
 
 
 class Seen(NamedTuple):
@@ -158,7 +161,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, of: Seen, scale: float) -> Tensor:
 def _compiled(q: Tensor, k: Tensor, v: Tensor, of: Seen, scale: float) -> Tensor:
     """_attend as a kernel."""
     mark_lengths(q, k, v, of)
-    out: Tensor = compiled("inductor")(q, k, v, of, scale)
+    with torch._dynamo.config.patch(recompile_limit=KERNELS):
+        out: Tensor = compiled("inductor")(q, k, v, of, scale)
     return out
 
 
