@@ -87,9 +87,9 @@ def segment_attention(
         prefix = len(prefix_k)
         k, v = torch.cat([prefix_k, k]), torch.cat([prefix_v, v])
     scale, value_width = q.shape[-1] ** -0.5, v.shape[-1]
-    heads_first = [_wide(t).transpose(0, 1).unsqueeze(0) for t in (q, k, v)]
-    attend = _compiled if q.is_cuda else _attend
-    out = attend(*heads_first, seen(ends, len(q), prefix, window), scale)
+    of = seen(ends, len(q), prefix, window)
+    q, k, v = (_wide(t).transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+    out = (_compiled if q.is_cuda else _attend)(q, k, v, of, scale)
     return out[..., :value_width].squeeze(0).transpose(0, 1)
 
 
