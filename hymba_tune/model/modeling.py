@@ -28,7 +28,7 @@ from hymba_tune.model import ops
 from hymba_tune.model.cache import HymbaCache
 from hymba_tune.model.config import HymbaConfig
 from hymba_tune.model.loss import chunked_cross_entropy
-from hymba_tune.model.norm import RMSNorm
+from hymba_tune.model.norm import RMSNorm, mean_of_norms
 from hymba_tune.model.stream import Stream, packed_to_stream, restarts, rows_to_stream
 
 
@@ -41,7 +41,8 @@ class DtProjection(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         product = F.linear(x, self.weight.to(x.dtype))
         wide = torch.promote_types(product.dtype, torch.float32)
-        return product.to(wide) + self.bias.to(wide)
+        # One pass: the sum is wide because the bias is.
+        return product + self.bias.to(wide)
 
 
 class HybridHeadMixer(nn.Module):
@@ -95,7 +96,7 @@ class HybridHeadMixer(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """hidden (T, C); the producer's shared_k (T, Hkv, d), shared_v (T, Hkv, dv) -> output (T, C), the K/V used."""
         q, k, v, x, gate = self.in_proj(hidden).split(self.sizes, dim=-1)
-        branches = []
+        attended = scanned = None
         if self.has_attention:
             q = _rotate(q.unflatten(-1, (-1, self.head_dim)), rope)
             if self.producer == self.layer:
@@ -104,12 +105,19 @@ class HybridHeadMixer(nn.Module):
                 shared_v = v.unflatten(-1, (-1, self.value_head_dim)).contiguous()
             assert shared_k is not None
             assert shared_v is not None
-            attended = self._attend(q, shared_k, shared_v, stream, cache)
-            branches.append(self.pre_avg_layernorm1(attended.flatten(1)))
+            attended = self._attend(q, shared_k, shared_v, stream, cache).flatten(1)
         if self.has_ssm:
-            branches.append(self.pre_avg_layernorm2(self._ssm(x, gate, stream, cache)))
-        mixed = branches[0] if len(branches) == 1 else (branches[0] + branches[1]) / 2
-        return self.out_proj(mixed), shared_k, shared_v
+            scanned = self._ssm(x, gate, stream, cache)
+        return self.out_proj(self._mix(attended, scanned)), shared_k, shared_v
+
+    def _mix(self, attended: Tensor | None, scanned: Tensor | None) -> Tensor:
+        """The mean of the normed branches (T, Dn), or the only one's norm."""
+        if scanned is None:
+            assert attended is not None
+            return self.pre_avg_layernorm1(attended)
+        if attended is None:
+            return self.pre_avg_layernorm2(scanned)
+        return mean_of_norms(self.pre_avg_layernorm1, attended, self.pre_avg_layernorm2, scanned)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, stream: Stream, cache: HymbaCache | None) -> Tensor:
         """-> (T, H, dv)"""
@@ -169,7 +177,9 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        kernels = ops.elementwise(x.device)
+        return self.down_proj(F.silu(gate) * up if kernels is None else kernels.swiglu(gate, up))
 
 
 class SingleExpert(nn.Module):
@@ -461,6 +471,10 @@ def _rope_table(rope_ids: Tensor, config: HymbaConfig, dtype: torch.dtype) -> tu
 def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """RoPE on (T, heads, d): the halves of each head are the pairs."""
     cos, sin = rope
+    kernels = ops.elementwise(x.device)
+    if kernels is not None:
+        rotated: Tensor = kernels.rotate(x, cos, sin)
+        return rotated
     wide = x.to(cos.dtype)
     first, second = wide.chunk(2, dim=-1)
     return (wide * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)

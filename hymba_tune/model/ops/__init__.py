@@ -1,7 +1,8 @@
-"""The one place that decides which backend computes selective scan, causal conv and segment attention.
+"""The one place that decides which backend computes selective scan, causal conv, segment attention and norms.
 
 `auto` takes the first backend for the tensors' device that can run and logs that once; a backend that the user names
-either runs or raises. Signatures, shapes and semantics of the three operations: reference.py.
+either runs or raises. Signatures, shapes and semantics of the three sequence operations: reference.py. `elementwise`
+(norms, RoPE, SwiGLU) is plain torch in the model; a backend may have a module of kernels for it.
 """
 
 import functools
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from types import ModuleType, TracebackType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from hymba_tune.errors import UserError
@@ -21,6 +23,7 @@ __all__ = [
     "OpChoice",
     "causal_conv1d",
     "chosen_backends",
+    "elementwise",
     "explain",
     "keep_backends",
     "segment_attention",
@@ -30,7 +33,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-OPS = ("selective_scan", "causal_conv1d", "segment_attention")
+OPS = ("selective_scan", "causal_conv1d", "segment_attention", "elementwise")
 BACKENDS = ("auto", "reference", "cpu", "triton")
 ENVIRONMENT_VARIABLE = "HYMBA_TUNE_BACKEND"
 
@@ -106,6 +109,12 @@ def segment_attention(
     """Windowed causal attention over segments with a shared prefix -> (T, H, dv); see reference.segment_attention."""
     backend = _backend("segment_attention", q.device.type)
     return backend.segment_attention(q, k, v, cu_seqlens, prefix_k, prefix_v, window)
+
+
+def elementwise(device: torch.device) -> ModuleType | None:
+    """The kernels rms_norm, mean_of_norms, rotate and swiglu for a device; None where the model's formulas compute."""
+    kernels: ModuleType | None = _backend("elementwise", device.type).elementwise()
+    return kernels
 
 
 def explain() -> list[OpChoice]:

@@ -1,4 +1,4 @@
-"""The GPU backend: scan and conv in Triton, attention by FlexAttention (which compiles to Triton).
+"""The GPU backend: scan, conv and elementwise kernels in Triton, attention by FlexAttention (which compiles to Triton).
 
 Without a GPU the same code runs on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1), slowly: that is how it is
 tested.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from hymba_tune.model.ops.flex_attention import segment_attention
 
-__all__ = ["DEVICES", "available", "causal_conv1d", "segment_attention", "selective_scan"]
+__all__ = ["DEVICES", "available", "causal_conv1d", "elementwise", "segment_attention", "selective_scan"]
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ("cuda", "cpu") if _INTERPRETED else ("cuda",)
@@ -24,6 +25,7 @@ _TECHNIQUE = {
     "selective_scan": "Triton kernels with document starts and initial states",
     "causal_conv1d": "Triton kernels with document starts and initial states",
     "segment_attention": "FlexAttention, one block mask for each kind of layer",
+    "elementwise": "Triton kernels for norms, RoPE and SwiGLU",
 }
 
 
@@ -39,6 +41,13 @@ def causal_conv1d(*inputs: Any, **named: Any) -> tuple[Tensor, Tensor]:
     from hymba_tune.model.ops import triton_conv
 
     return triton_conv.causal_conv1d(*inputs, **named)
+
+
+def elementwise() -> ModuleType:
+    """The fused norms, RoPE and SwiGLU. Triton is imported at the first call."""
+    from hymba_tune.model.ops import triton_elementwise
+
+    return triton_elementwise
 
 
 def available(op: str) -> tuple[bool, str]:

@@ -1,0 +1,205 @@
+"""Triton's norms, RoPE and SwiGLU: in Triton's interpreter they are the model's formulas; they compile for absent GPUs.
+
+The interpreter is chosen when Triton is imported, so these tests run in a process of their own. The truth is the
+model's formula in float64, rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hymba_tune.model import modeling, norm, ops
+from tests.model.ops.cases import DTYPES, assert_same_results, wide
+from tests.model.ops.test_triton_scan import GPU, run
+
+pytest.importorskip("triton", reason="triton is not installed: the dev extra brings it")
+
+EPS = 1e-6
+# Elements between the rows of an input, and before the first.
+GAP = 3
+
+
+class Case(NamedTuple):
+    """An operation of a module of kernels and the model's formula, on the same inputs by name."""
+
+    kernel: Callable[..., Tensor]
+    formula: Callable[..., Tensor]
+    inputs: dict[str, Tensor]
+
+
+def rows(tokens: int, size: int, dtype: torch.dtype) -> Tensor:
+    """Rows of 1 to 20 in size, with gaps between."""
+    return (torch.randn(tokens, size + GAP) * torch.linspace(1, 20, tokens)[:, None]).to(dtype)[:, GAP:]
+
+
+def norms(kernels: ModuleType, tokens: int, size: int, dtype: torch.dtype, of_weight: torch.dtype) -> list[Case]:
+    def one(x: Tensor, weight: Tensor) -> Tensor:
+        return norm._RMSNorm.apply(x, weight, EPS)
+
+    def two(a: Tensor, weight_a: Tensor, b: Tensor, weight_b: Tensor) -> Tensor:
+        return (one(a, weight_a) + one(b, weight_b)) / 2
+
+    x, b = rows(tokens, size, dtype), rows(tokens, size, dtype)
+    weight, weight_b = (1 + torch.rand(size)).to(of_weight), torch.randn(size).to(of_weight)
+    return [
+        Case(lambda **t: kernels.rms_norm(**t, eps=EPS), one, {"x": x, "weight": weight}),
+        Case(
+            lambda **t: kernels.mean_of_norms(**t, eps=EPS),
+            two,
+            {"a": x, "weight_a": weight, "b": b, "weight_b": weight_b},
+        ),
+    ]
+
+
+def pointwise(kernels: ModuleType, tokens: int, heads: int, size: int, dtype: torch.dtype) -> list[Case]:
+    angles = (torch.rand(tokens, 1, size // 2, dtype=wide(dtype)) * 100).repeat(1, 1, 2)
+    cos, sin = angles.cos(), angles.sin()
+
+    def rotate(x: Tensor) -> Tensor:
+        with ops.use_backend("reference"):
+            return modeling._rotate(x, (cos.to(x.dtype), sin.to(x.dtype)))
+
+    x = rows(tokens, heads * size, dtype)
+    gate, up = rows(tokens, heads * size, dtype), rows(tokens, heads * size, dtype)
+    return [
+        Case(lambda x: kernels.rotate(x, cos, sin), rotate, {"x": x.unflatten(-1, (heads, size))}),
+        Case(kernels.swiglu, lambda gate, up: F.silu(gate) * up, {"gate": gate, "up": up}),
+    ]
+
+
+def check(case: Case, device: str = "cpu") -> None:
+    """Values and every gradient; twice, which gives the same bits."""
+    inputs = {name: t.to(device).detach().requires_grad_() for name, t in case.inputs.items()}
+    y = case.kernel(**inputs)
+    upstream = torch.randn(y.shape, device=device).to(y.dtype)
+    found = computed(case.kernel, inputs, upstream)
+    exact = {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
+    expected = computed(case.formula, exact, upstream.double())
+    assert_same_results(found, {name: t.to(found[name].dtype) for name, t in expected.items()})
+    assert all(found[f"d {name}"].dtype == t.dtype for name, t in inputs.items())
+    assert all(torch.equal(t, found[name]) for name, t in computed(case.kernel, inputs, upstream).items())
+
+
+def computed(op: Callable[..., Tensor], inputs: dict[str, Tensor], upstream: Tensor) -> dict[str, Tensor]:
+    y = op(**inputs)
+    gradients = torch.autograd.grad(y, list(inputs.values()), upstream)
+    return {"output": y.detach()} | {f"d {name}": g for name, g in zip(inputs, gradients, strict=True)}
+
+
+def check_all(kernels: ModuleType, tokens: int, sizes: tuple[int, ...], device: str = "cpu") -> None:
+    for size in sizes:
+        for dtype in DTYPES:
+            for of_weight in {dtype, wide(dtype)}:
+                for case in norms(kernels, tokens, size, dtype, of_weight):
+                    check(case, device)
+            for case in pointwise(kernels, tokens, 3, 2 * size, dtype):
+                check(case, device)
+
+
+IN_THE_INTERPRETER = """
+import torch
+from hymba_tune.model import ops
+from hymba_tune.model.norm import RMSNorm
+from hymba_tune.model.ops import triton_elementwise
+from tests.model.ops import test_triton_elementwise as tests
+
+torch.use_deterministic_algorithms(True)  # fresh memory is full of NaN
+torch.manual_seed(0)
+# Few programs, so that each has several groups of rows; narrow rows in groups, wide ones alone.
+triton_elementwise.PROGRAMS, triton_elementwise.ELEMENTS = 3, 64
+for tokens, sizes in ((0, (5,)), (1, (3, 20)), (23, (16, 100))):
+    tests.check_all(triton_elementwise, tokens, sizes)
+norm, x = RMSNorm(20, 1e-6), torch.randn(2, 3, 20)
+with ops.use_backend("triton"):
+    y = norm(x)
+assert torch.equal(y, triton_elementwise.rms_norm(x, norm.weight, 1e-6)) and y.shape == x.shape
+torch.testing.assert_close(y, norm(x))
+print("all equal")
+"""
+
+
+def test_values_and_gradients_are_the_model_s_formulas() -> None:
+    assert "all equal" in run(IN_THE_INTERPRETER, interpret=True)
+
+
+THE_MODEL = """
+import torch
+from hymba_tune.model import ops
+from hymba_tune.model.ops import triton_elementwise
+from tests.model.models import EXACT, gradients, random_ids, random_model, tiny_config
+
+model, ids = random_model(tiny_config()).train(), random_ids(1, 9)
+expected = model(ids, labels=ids).loss
+wanted = gradients(model, expected)
+calls = []
+for name in ("rms_norm", "mean_of_norms", "rotate", "swiglu"):
+    def counted(*args, op=getattr(triton_elementwise, name), name=name):
+        calls.append(name)
+        return op(*args)
+    setattr(triton_elementwise, name, counted)
+ops.keep_backends({"elementwise": "triton"}, "cpu")
+for checkpointing in (False, True):
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss = model(ids, labels=ids).loss
+    torch.testing.assert_close(loss, expected, **EXACT)
+    torch.testing.assert_close(gradients(model, loss), wanted, **EXACT)
+model.float()
+with torch.autocast("cpu", torch.bfloat16):
+    narrow = model(ids, labels=ids)
+torch.testing.assert_close(narrow.loss, expected.float(), rtol=0.02, atol=0)
+gradients(model, narrow.loss)
+print(sorted(set(calls)))
+"""
+
+
+def test_the_model_trains_with_them_also_under_checkpointing_and_autocast() -> None:
+    assert run(THE_MODEL, interpret=True) == "['mean_of_norms', 'rms_norm', 'rotate', 'swiglu']\n"
+
+
+COMPILED = """
+import torch
+from tests.model.ops import absent_gpu
+from hymba_tune.model.ops import triton_elementwise as kernels
+
+def leaf(*shape, dtype=torch.bfloat16):
+    return torch.zeros(shape, dtype=dtype, requires_grad=True)
+
+tokens = 300
+cases = [(kernels.rms_norm, (leaf(tokens, size), leaf(size, dtype=torch.float32), 1e-6)) for size in (16, 100, 1600)]
+cases.append((kernels.rms_norm, (leaf(tokens, 1600, dtype=torch.float32), leaf(1600, dtype=torch.float32), 1e-6)))
+of_branch = (leaf(tokens, 3200), leaf(3200, dtype=torch.float32))
+cases.append((kernels.mean_of_norms, (*of_branch, *of_branch, 1e-6)))
+table = torch.zeros(tokens, 1, 64)
+cases.append((kernels.rotate, (leaf(tokens, 25, 64), table, table)))
+cases.append((kernels.swiglu, (leaf(tokens, 5504), leaf(tokens, 5504))))
+for op, inputs in cases:
+    y = op(*inputs)
+    y.backward(torch.zeros_like(y))
+"""
+KERNELS = {"norm", "norm_gradient", "mean_of_norms", "mean_of_norms_gradient", "rotate", "swiglu", "swiglu_gradient"}
+
+
+@pytest.mark.full
+def test_every_kernel_compiles_for_a_gpu_that_is_not_here_and_spills_nothing() -> None:
+    """At the sizes of Hymba-1.5B, to machine code of compute capability 9.0."""
+    said = run(COMPILED, interpret=False).splitlines()
+    assert {line.partition(":")[0] for line in said} == KERNELS
+    assert all(line.endswith(", 0 bytes spilled") for line in said), said
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.parametrize("tokens", [0, 1, 1001])
+def test_on_a_gpu_they_are_the_model_s_formulas(tokens: int) -> None:
+    from hymba_tune.model.ops import triton_elementwise
+
+    torch.manual_seed(0)
+    check_all(triton_elementwise, tokens, (16, 100, 1600, 3200), "cuda")
