@@ -115,7 +115,8 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        return _rotated(rows_of(dy), *ctx.saved_tensors, -1), None, None
+        cos, sin = ctx.saved_tensors
+        return _rotated(rows_of(dy), cos, sin, -1), None, None
 
 
 class _SwiGLU(torch.autograd.Function):
