@@ -192,19 +192,19 @@ class Lead:
                 f"MASTER_PORT: {self._place.port} can't be listened on ({error.strerror}); set another on all machines"
             ) from None
         with contextlib.ExitStack() as cleanup:
-            cleanup.callback(self._leave, 1)
+            cleanup.callback(self._leave)
             with server:
                 self._gather(server)
             cleanup.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._leave(0 if kind is None else 1)
+        self._leave()
 
-    def _leave(self, code: int) -> None:
+    def _leave(self) -> None:
         for link in self._links.values():
             with contextlib.suppress(ConnectionError):
-                link.send(over=code)
+                link.send(over=True)
             link.close()
 
     def _gather(self, server: socket.socket) -> None:
@@ -308,8 +308,7 @@ class Follower:
 
     def __init__(self, place: Place, problem: str | None = None, patience: float = GATHER_SECONDS) -> None:
         self._place, self._problem, self._patience = place, problem, patience
-        self._port = 0
-        self._over: dict[str, Any] | None = None
+        self._port, self._over = 0, False
 
     def __enter__(self) -> Follower:
         self._link = _Link(_connect(self._place, self._patience))
@@ -321,18 +320,18 @@ class Follower:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._link.close()
 
-    def next_stage(self) -> str:
-        """The stage to join in next. Raises SystemExit when the run is over, with its code."""
-        while True:
+    def next_stage(self) -> str | None:
+        """The stage to join in next; None when the run is over, however it ended: the first machine says that."""
+        while not self._over:
             try:
-                message = self._over or self._link.receive(None) or {}
+                message = self._link.receive(None) or {}
             except ConnectionError:
                 raise UserError(f"the first machine ({self._place}) is gone; its own output says why") from None
-            if "over" in message:
-                raise SystemExit(int(message["over"]))
             if "train" in message:  # and no `stop` of a training that had ended here before it came
                 self._port = int(message["port"])
                 return str(message["train"])
+            self._over = "over" in message
+        return None
 
     def prepare(self, stage: str, topology: Topology) -> Topology:
         return replace(topology, machine=self._place.machine, address=self._place.address, port=self._port)
@@ -345,7 +344,7 @@ class Follower:
         except ConnectionError as error:
             raise PartnerEnded from error
         if message is not None:
-            self._over = message if "over" in message else None
+            self._over = "over" in message
             raise PartnerEnded
 
     def end(self, failures: Sequence[Failure]) -> list[Failure]:

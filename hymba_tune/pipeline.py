@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import NoReturn
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -115,10 +114,7 @@ def run_pipeline(
         force: run everything anew.
 
     Given again after a kill, `start` and `force` go on with what they had begun anew. On several machines each runs
-    the same: the first runs the stages, the others join in their training.
-
-    Raises:
-        SystemExit: on a machine that is not the first; with the code of the first.
+    the same: the first runs the stages, the others join in their training and return no runs.
     """
     machines = pipeline.machines
     if machines == 1:
@@ -126,11 +122,12 @@ def run_pipeline(
     place = find_place(machines, next(recipe.launch.port for recipe in pipeline.stages if recipe.launch.machines > 1))
     if place.machine:
         _join(pipeline, place)
+        return []
     with Lead(place) as partners:
         return _run(pipeline, partners, start, only, force)
 
 
-def _join(pipeline: Pipeline, place: Place) -> NoReturn:
+def _join(pipeline: Pipeline, place: Place) -> None:
     """Join in each training that the first machine begins, until it says that the run is over."""
     from hymba_tune.launch import RankFailed, check_launch
     from hymba_tune.stage import await_stage, join_stage
@@ -144,8 +141,7 @@ def _join(pipeline: Pipeline, place: Place) -> NoReturn:
     except UserError as error:
         problem = str(error)
     with Follower(place, problem) as partners:
-        while True:
-            stage = partners.next_stage()
+        while (stage := partners.next_stage()) is not None:
             if stage not in stages:
                 raise UserError(
                     f"the first machine trains {stage}, which is not in the recipe here; make them the same"

@@ -41,7 +41,8 @@ def lead(function: str, argument: str, place: Place, reports: Path) -> None:
 
 def follow(function: str, argument: str, place: Place, reports: Path) -> None:
     with Follower(replace(place, machine=1), patience=60) as partners:
-        topology = partners.prepare(partners.next_stage(), Topology(find_config("ddp"), 2, 2))
+        assert partners.next_stage() == "stage"
+        topology = partners.prepare("stage", Topology(find_config("ddp"), 2, 2))
         launch(f"tests.test_launch:{function}", [argument], topology, reports, partners)
 
 
