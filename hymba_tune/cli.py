@@ -27,6 +27,9 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look at training data before it trains anything.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
+launch_app = typer.Typer(help="Write a script that runs a recipe on several machines.", no_args_is_help=True)
+app.add_typer(launch_app, name="launch")
+
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, as in recipes/sft1.yaml.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings over the recipe's: trainer.max_steps=10")
@@ -34,6 +37,13 @@ Overrides = Annotated[
 MixFile = Annotated[str, typer.Argument(metavar="MIX", help="A mix file, or the name of one in data_mixes/: sft1_tiny")]
 Tokenizer = Annotated[str, typer.Option(help="A folder, run or hub id with a tokenizer, or tiny.")]
 Tiny = Annotated[bool, typer.Option("--tiny", help="Lay the recipe's `tiny` section on top: embedded model and data.")]
+
+LaunchConfig = Annotated[
+    str | None, typer.Option(help="As launch.config; else the recipe's, or multinode_zero2 where that is single.")
+]
+Variables = Annotated[
+    list[str] | None, typer.Option("--env", metavar="NAME", help="Write this variable's value into the script.")
+]
 
 
 def main() -> None:
@@ -305,6 +315,70 @@ def data_check(
     from hymba_tune.inspection.contamination import check_mix
 
     check_mix(mix, data=data, out=out, seed=seed)
+
+
+@launch_app.command(name="slurm")
+def launch_slurm(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="How many.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="Of each node; a process each.")] = 8,
+    config: LaunchConfig = None,
+    tiny: Tiny = False,
+    submit: Annotated[bool, typer.Option("--submit", help="Hand it in with sbatch, too.")] = False,
+    partition: Annotated[str | None, typer.Option(help="As sbatch's.")] = None,
+    account: Annotated[str | None, typer.Option(help="As sbatch's.")] = None,
+    time: Annotated[str | None, typer.Option(help="As sbatch's; at the limit it is queued again and goes on.")] = None,
+    cpus: Annotated[int | None, typer.Option(min=1, help="Of each node (8 a GPU).")] = None,
+    option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Any other option of sbatch.")] = None,
+    restarts: Annotated[int, typer.Option(min=0, help="How often it is queued again at its time limit.")] = 50,
+    env: Variables = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The script (output.dir with .sbatch).")] = None,
+) -> None:
+    """Write a batch script for SLURM: a launcher a node, a process a GPU, queued again where it was cut."""
+    from hymba_tune.cluster import slurm
+    from hymba_tune.cluster.job import make_job, write_script
+
+    options = slurm.read_options({"partition": partition, "account": account, "time": time}, option or ())
+    sbatch = slurm.find_sbatch() if submit else None
+    job = make_job(
+        recipe, overrides or (), machines=nodes, processes=gpus, config=config, tiny=tiny, variables=env or ()
+    )
+    request = slurm.Request(cpus or gpus * slurm.CPUS_A_GPU, restarts, options)
+    file = write_script(out or Path(f"{job.output}.sbatch"), slurm.slurm_script(job, request), job)
+    print(file)
+    print(f"hand it in with: sbatch {file}" if sbatch is None else f"job {slurm.submit(file, sbatch)}")
+
+
+@launch_app.command(name="hosts")
+def launch_hosts(
+    recipe: RecipeFile,
+    hostfile: Annotated[Path, typer.Option(metavar="FILE", help="A host a line: node1 slots=8.")],
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Of each host whose line says no slots.")] = None,
+    config: LaunchConfig = None,
+    tiny: Tiny = False,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Where they meet, on the first host.")] = 29500,
+    env: Variables = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The script (output.dir with .hosts.sh).")] = None,
+) -> None:
+    """Write a script that starts a recipe on hosts over ssh, or with pdsh: a launcher a host, a process a GPU."""
+    from hymba_tune.cluster.hosts import hosts_script, read_hostfile
+    from hymba_tune.cluster.job import make_job, write_script
+
+    hosts = read_hostfile(hostfile, gpus)
+    job = make_job(
+        recipe,
+        overrides or (),
+        machines=len(hosts.names),
+        processes=hosts.processes,
+        config=config,
+        tiny=tiny,
+        variables=env or (),
+    )
+    file = (out or Path(f"{job.output}.hosts.sh")).absolute()
+    write_script(file, hosts_script(job, hosts, port, file), job)
+    print(f"{file}\nstart it with: bash {file}")
 
 
 @app.command(name="list")

@@ -51,14 +51,23 @@ def check_launch(recipe: Recipe) -> None:
             f"launch.config: {launch.config}: FSDP2 needs GPUs, and there is none here (on a CPU accelerate would run "
             "plain DDP and not say so); use ddp, zero2 or zero3"
         )
-    if sharing.kind == "deepspeed" and version("deepspeed") is None:
-        raise UserError(f"launch.config: {launch.config} needs DeepSpeed: pip install 'hymba-tune[deepspeed]'")
+    check_packages(recipe)
     if sharing.kind == "deepspeed" and (sharing.offload or not devices):
         _check_compiling(launch.config)
     if devices and launch.processes > devices * launch.machines:
         most = devices * launch.machines
         where = "here" if launch.machines == 1 else f"on each of launch.machines: {launch.machines}"
         raise UserError(f"launch.processes: {launch.processes}, but there are {devices} GPUs {where}; set it to {most}")
+
+
+def check_packages(recipe: Recipe) -> None:
+    """That this Python has what the recipe's `launch` section needs, whatever the machine.
+
+    Raises:
+        UserError: with what to install.
+    """
+    if recipe.launch.sharing.kind == "deepspeed" and version("deepspeed") is None:
+        raise UserError(f"launch.config: {recipe.launch.config} needs DeepSpeed: pip install 'hymba-tune[deepspeed]'")
 
 
 def _check_compiling(config: str) -> None:

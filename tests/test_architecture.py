@@ -25,6 +25,7 @@ ARROWS: dict[str, set[str]] = {
     "recipe": {"geometry", "topology"},
     "machines": {"topology"},
     "launch": {"machines", "recipe", "topology"},
+    "cluster": {"launch", "pipeline"},
     "run_dir": set(),
     "hub": set(),
     "geometry": set(),
