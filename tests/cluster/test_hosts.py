@@ -10,7 +10,9 @@ import pytest
 from tests.cluster.conftest import Cluster, refused, run
 
 
-def write(cluster: Cluster, *arguments: str, hostfile: str = "# two\nnode0 slots=4\n\nnode1 slots=4  # the second\n"):
+def write(
+    cluster: Cluster, *arguments: str, hostfile: str = "# two\nnode0 slots=4\n\nnode1 slots=4  # the second\n"
+) -> Path:
     (cluster.folder / "hosts").write_text(hostfile)
     run("launch", "hosts", "one.yaml", "--hostfile", "hosts", "--out", "a b.sh", *arguments)
     return cluster.folder / "a b.sh"

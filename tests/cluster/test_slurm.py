@@ -73,7 +73,9 @@ def test_before_its_time_limit_the_job_ends_its_processes_and_is_queued_again(
     assert [call for call in cluster.called("scontrol") if call.startswith("requeue")] == again
 
 
-def test_submit_hands_the_script_in(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_submit_hands_the_script_in(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, value in cluster.environment().items():
         monkeypatch.setenv(name, value)
     run("launch", "slurm", "one.yaml", "--submit")
@@ -86,7 +88,9 @@ def test_submit_hands_the_script_in(cluster: Cluster, monkeypatch: pytest.Monkey
     assert said == f"hymba-tune: sbatch refuses {file}: sbatch: error: invalid partition specified: gpu\n"
 
 
-def test_without_sbatch_nothing_is_written(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_without_sbatch_nothing_is_written(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert "--submit: no sbatch on PATH" in refused(capsys, "launch", "slurm", "one.yaml", "--submit")
     assert not (cluster.folder / "runs").exists()
