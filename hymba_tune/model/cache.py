@@ -177,6 +177,10 @@ class HymbaCache(Cache):
             return torch.where(slot <= newest, slot, -1)
         return torch.clamp(newest - (newest - slot) % window, min=-1)
 
+    def steps_in_place(self, stream: Stream) -> bool:
+        """Whether these tokens, one a row, change the states in place: in a StaticHymbaCache."""
+        return False
+
     def states(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """The layer's conv inputs (B, Dn, K) and scan state (B, Dn, N), or None before the first call."""
         cache = self.layers[layer]

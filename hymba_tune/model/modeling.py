@@ -25,6 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from hymba_tune.model import ops
+from hymba_tune.model.beside import beside
 from hymba_tune.model.cache import HymbaCache
 from hymba_tune.model.config import HymbaConfig
 from hymba_tune.model.loss import chunked_cross_entropy
@@ -96,7 +97,10 @@ class HybridHeadMixer(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """hidden (T, C); the producer's shared_k (T, Hkv, d), shared_v (T, Hkv, dv) -> output (T, C), the K/V used."""
         q, k, v, x, gate = self.in_proj(hidden).split(self.sizes, dim=-1)
-        attended = scanned = None
+        attended = scanned = join = None
+        if self.has_ssm:
+            with beside(hidden) as join:
+                scanned = self._ssm(x, gate, stream, cache)
         if self.has_attention:
             q = _rotate(q.unflatten(-1, (-1, self.head_dim)), rope)
             if self.producer == self.layer:
@@ -106,8 +110,8 @@ class HybridHeadMixer(nn.Module):
             assert shared_k is not None
             assert shared_v is not None
             attended = self._attend(q, shared_k, shared_v, stream, cache).flatten(1)
-        if self.has_ssm:
-            scanned = self._ssm(x, gate, stream, cache)
+        if join is not None:
+            join()
         return self.out_proj(self._mix(attended, scanned)), shared_k, shared_v
 
     def _mix(self, attended: Tensor | None, scanned: Tensor | None) -> Tensor:
@@ -134,6 +138,8 @@ class HybridHeadMixer(nn.Module):
     def _ssm(self, x: Tensor, gate: Tensor, stream: Stream, cache: HymbaCache | None) -> Tensor:
         """(T, Dn), (T, Dn) -> (T, Dn): the meta tokens first, then every document from the state they left."""
         conv_state, scan_state = self._past(cache)
+        if cache is not None and cache.steps_in_place(stream):
+            return self._step(x, gate, conv_state, scan_state)
         meta = stream.num_meta
         if not meta:
             y, conv_state, scan_state = self._scan(x, gate, stream.cu_seqlens, conv_state, scan_state)
@@ -158,13 +164,25 @@ class HybridHeadMixer(nn.Module):
         """Conv, selection and scan of segments -> y (T, Dn), conv state (S, Dn, K), scan state (S, Dn, N)."""
         assert self.conv1d.bias is not None
         x, conv_state = ops.causal_conv1d(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, cu_seqlens, conv_state)
-        dt, b, c = self.x_proj[0](x).split([self.dt_rank, self.state_size, self.state_size], dim=-1)
-        dt = self.dt_proj[0](self.dt_layernorm(dt))
+        dt, b, c = self._selection(x)
         a = -torch.exp(self.A_log[0].to(dt.dtype))
-        y, scan_state = ops.selective_scan(
-            x, dt, a, self.B_layernorm(b), self.C_layernorm(c), self.D[0].to(dt.dtype), gate, cu_seqlens, scan_state
-        )
+        y, scan_state = ops.selective_scan(x, dt, a, b, c, self.D[0].to(dt.dtype), gate, cu_seqlens, scan_state)
         return y, conv_state, scan_state
+
+    def _step(self, x: Tensor, gate: Tensor, conv_state: Tensor | None, scan_state: Tensor | None) -> Tensor:
+        """As _scan for one token a row, T = B; the states change in place."""
+        assert conv_state is not None
+        assert scan_state is not None
+        steps = ops.steps(x.device)
+        x = steps.conv_step(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state)
+        dt, b, c = self._selection(x)
+        y: Tensor = steps.scan_step(x, dt, self.A_log[0], b, c, self.D[0], gate, scan_state)
+        return y
+
+    def _selection(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the scan makes of each token: (T, Dn) -> dt (T, Dn) float32, B and C (T, N)."""
+        dt, b, c = self.x_proj[0](x).split([self.dt_rank, self.state_size, self.state_size], dim=-1)
+        return self.dt_proj[0](self.dt_layernorm(dt)), self.B_layernorm(b), self.C_layernorm(c)
 
 
 class MLP(nn.Module):

@@ -1,8 +1,8 @@
 """Decoding in fixed buffers: a step that reads and writes the same memory each time, so that a CUDA graph can hold it.
 
 A step of a batch launches hundreds of kernels that take less time than their launches; a graph launches them as one.
-That needs every tensor at a fixed place and no question to the GPU in between: positions are tensors, all slots are
-attended to (empty ones hidden), and one token a row is written where the row's length says.
+That needs every tensor at a fixed place and no question to the GPU in between: positions are tensors, one token a row
+is written where the row's length says, conv inputs and scan states are changed in place.
 
 Shapes: as in cache.py.
 """
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hymba_tune.model import ops
+from hymba_tune.model.beside import second_stream
 from hymba_tune.model.cache import HymbaCache
 from hymba_tune.model.stream import Stream
 
@@ -54,35 +56,47 @@ class StaticHymbaCache(HymbaCache):
         grown[:, :, : held.shape[2]] = held
         return grown
 
-    def append(self, stream: Stream, produced: dict[int, tuple[Tensor, Tensor]]) -> None:
-        """Take in the K/V of one token a row, (B, Hkv, d) and (B, Hkv, dv)."""
+    def steps_in_place(self, stream: Stream) -> bool:
+        """True.
+
+        Raises:
+            ValueError: the stream is not one token a row.
+        """
         if stream.shape[1] != 1 or stream.real is not None:
             raise ValueError("StaticHymbaCache takes one token a row at a time")
+        return True
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, stream: Stream, window: int | None) -> Tensor:
+        """As HymbaCache.attend, for one token a row."""
+        self.steps_in_place(stream)
+        held = self.layers[layer]
+        assert self.lengths is not None
+        assert held.meta_k is not None
+        assert held.meta_v is not None
+        assert held.k is not None
+        assert held.v is not None
+        step = ops.steps(q.device).attention_step
+        attended: Tensor = step(q, k, v, held.meta_k, held.meta_v, held.k, held.v, self.lengths, window)
+        return attended
+
+    def append(self, stream: Stream, produced: dict[int, tuple[Tensor, Tensor]]) -> None:
+        """Take in the K/V of one token a row, (B, Hkv, d) and (B, Hkv, dv)."""
+        self.steps_in_place(stream)
         assert self.lengths is not None
         row = torch.arange(stream.shape[0], device=self.lengths.device)
+        places: dict[int, Tensor] = {}
         for layer, (k, v) in produced.items():
             cache = self.layers[layer]
             assert cache.k is not None
             assert cache.v is not None
             # A windowed layer's slots are a ring; a global layer's are as many as there will be tokens.
-            slot = self.lengths % cache.k.shape[2]
+            slots = cache.k.shape[2]
+            if slots not in places:
+                places[slots] = self.lengths % slots
+            slot = places[slots]
             cache.k[row, :, slot] = k.to(cache.k.dtype)
             cache.v[row, :, slot] = v.to(cache.v.dtype)
         self.lengths += 1
-
-    def _cached_positions(self, layer: int) -> Tensor:
-        """(B, P) for all P slots: the position that lies in each, -1 in an empty one."""
-        assert self.lengths is not None
-        k = self.layers[layer].k
-        assert k is not None
-        slot, newest = torch.arange(k.shape[2], device=k.device), self.lengths[:, None] - 1
-        return torch.clamp(newest - (newest - slot) % k.shape[2], min=-1)
-
-    def set_states(self, layer: int, conv: Tensor, ssm: Tensor) -> None:
-        held = self.states(layer)
-        assert held is not None
-        held[0].copy_(conv)
-        held[1].copy_(ssm)
 
 
 class StaticDecoder:
@@ -135,6 +149,7 @@ class StaticDecoder:
     def _captured(self) -> Callable[[], None]:
         """The step as a graph. Capturing computes nothing, so the cache stays as it is."""
         graph = torch.cuda.CUDAGraph()
+        second_stream(self._ids.device)  # made before the capture
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
             self._compute()

@@ -62,3 +62,29 @@ def test_what_a_static_cache_cannot_take_is_refused():
         StaticHymbaCache.of(prefilled(model, max_length=None))
     with pytest.raises(ValueError, match="one token a row"):
         model(random_ids(3, 2), past_key_values=StaticHymbaCache.of(prefilled(model)), use_cache=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@torch.no_grad()
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_on_a_gpu_the_graph_gives_the_tokens_of_plain_torch(name):
+    """In float32, beyond the steps that warm up, in rows that are left, too."""
+    model: Any = random_model(tiny_config(name), dtype=torch.float32)
+    expected = StaticDecoder(model, prefilled(model))
+    filled = prefilled(model)
+    for layer in filled.layers:
+        vars(layer).update({name: value.cuda() for name, value in layer.tensors().items()})
+    assert filled.lengths is not None
+    filled.lengths = filled.lengths.cuda()
+    model_there: Any = random_model(tiny_config(name), dtype=torch.float32)
+    found = StaticDecoder(model_there.cuda(), filled)
+    chosen = there = random_ids(3)
+    for step in range(STEPS):
+        if step == 5:
+            kept = torch.tensor([2])
+            expected.keep(kept)
+            found.keep(kept.cuda())
+            chosen, there = chosen[kept], there[kept]
+        chosen, there = expected.step(chosen), found.step(there.cuda()).cpu()
+        assert there.tolist() == chosen.tolist()

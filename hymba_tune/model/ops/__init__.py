@@ -2,7 +2,8 @@
 
 `auto` takes the first backend for the tensors' device that can run and logs that once; a backend that the user names
 either runs or raises. Signatures, shapes and semantics of the three sequence operations: reference.py. `elementwise`
-(norms, RoPE, SwiGLU) is plain torch in the model; a backend may have a module of kernels for it.
+(norms, RoPE, SwiGLU) is plain torch in the model; a backend may have a module of kernels for it. `steps` is what the
+three do to one more token a row in decoding: reference_steps.py.
 """
 
 import functools
@@ -28,12 +29,13 @@ __all__ = [
     "keep_backends",
     "segment_attention",
     "selective_scan",
+    "steps",
     "use_backend",
 ]
 
 logger = logging.getLogger(__name__)
 
-OPS = ("selective_scan", "causal_conv1d", "segment_attention", "elementwise")
+OPS = ("selective_scan", "causal_conv1d", "segment_attention", "elementwise", "steps")
 BACKENDS = ("auto", "reference", "cpu", "triton")
 ENVIRONMENT_VARIABLE = "HYMBA_TUNE_BACKEND"
 
@@ -115,6 +117,12 @@ def elementwise(device: torch.device) -> ModuleType | None:
     """The kernels rms_norm, mean_of_norms, rotate and swiglu for a device; None where the model's formulas compute."""
     kernels: ModuleType | None = _backend("elementwise", device.type).elementwise()
     return kernels
+
+
+def steps(device: torch.device) -> ModuleType:
+    """The module with attention_step, conv_step and scan_step for a device; see reference_steps."""
+    module: ModuleType = _backend("steps", device.type).steps()
+    return module
 
 
 def explain() -> list[OpChoice]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from hymba_tune.model.ops import cpu_library, cpu_scan, portable
 from hymba_tune.model.ops.cpu_attention import segment_attention
-from hymba_tune.model.ops.reference import elementwise
+from hymba_tune.model.ops.reference import elementwise, steps
 
-__all__ = ["DEVICES", "available", "causal_conv1d", "elementwise", "segment_attention", "selective_scan"]
+__all__ = ["DEVICES", "available", "causal_conv1d", "elementwise", "segment_attention", "selective_scan", "steps"]
 
 DEVICES = ("cpu",)
 
@@ -28,6 +28,8 @@ def available(op: str) -> tuple[bool, str]:
     """Always; the reason names the technique."""
     if op == "segment_attention":
         return True, "matrix products over blocks of queries and the keys that they may see"
+    if op == "steps":
+        return True, "plain torch, one token a row"
     if op == "elementwise":
         return True, "torch, one operation after the other"
     if _PROBLEM is None:

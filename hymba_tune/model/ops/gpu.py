@@ -1,4 +1,4 @@
-"""The GPU backend: scan, conv and elementwise kernels in Triton, attention by FlexAttention (which compiles to Triton).
+"""The GPU backend: everything but attention over sequences in Triton, and that by FlexAttention, which compiles to it.
 
 Without a GPU the same code runs on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1), slowly: that is how it is
 tested.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hymba_tune.model.ops.flex_attention import segment_attention
 
-__all__ = ["DEVICES", "available", "causal_conv1d", "elementwise", "segment_attention", "selective_scan"]
+__all__ = ["DEVICES", "available", "causal_conv1d", "elementwise", "segment_attention", "selective_scan", "steps"]
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ("cuda", "cpu") if _INTERPRETED else ("cuda",)
@@ -26,6 +26,7 @@ _TECHNIQUE = {
     "causal_conv1d": "Triton kernels with document starts and initial states",
     "segment_attention": "FlexAttention, one block mask for each kind of layer",
     "elementwise": "Triton kernels for norms, RoPE and SwiGLU",
+    "steps": "Triton kernels, what a row has cached shared out to many programs",
 }
 
 
@@ -48,6 +49,13 @@ def elementwise() -> ModuleType:
     from hymba_tune.model.ops import triton_elementwise
 
     return triton_elementwise
+
+
+def steps() -> ModuleType:
+    """See ops.steps. Triton is imported at the first call."""
+    from hymba_tune.model.ops import triton_steps
+
+    return triton_steps
 
 
 def available(op: str) -> tuple[bool, str]:

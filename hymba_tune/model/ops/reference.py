@@ -5,6 +5,8 @@ K conv taps, H query heads, Hkv key/value heads, d query/key width, dv value wid
 `cu_seqlens` (S+1,) int64 marks the segments: segment s is tokens cu_seqlens[s] : cu_seqlens[s+1], and may be empty.
 """
 
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +24,13 @@ def available(op: str) -> tuple[bool, str]:
 
 def elementwise() -> None:
     """No kernels: the model's own formulas compute norms, RoPE and SwiGLU."""
+
+
+def steps() -> ModuleType:
+    """See ops.steps."""
+    from hymba_tune.model.ops import reference_steps
+
+    return reference_steps
 
 
 def selective_scan(

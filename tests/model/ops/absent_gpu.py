@@ -21,20 +21,28 @@ TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", t
 PTXAS = Path(nvidia.__file__).parent / "bin" / "ptxas"
 
 
-def compile_only(kernel: Any, *, grid: Any, warmup: bool, num_warps: int = 4, **arguments: Any) -> None:
+def compile_only(
+    kernel: Any, *given: Any, grid: Any, warmup: bool, num_warps: int = 4, num_stages: int = 3, **named: Any
+) -> None:
+    arguments = dict(zip((parameter.name for parameter in kernel.params), given, strict=False)) | named
     types, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
         constant = parameter.is_constexpr or value is None
-        types[parameter.name] = "constexpr" if constant else TYPES[value.dtype] if torch.is_tensor(value) else "i32"
+        types[parameter.name] = "constexpr" if constant else _type(value)
         if constant:
             constants[(i,)] = value
-        elif torch.is_tensor(value) or value % 16 == 0:  # as a launch tells the compiler
+        elif torch.is_tensor(value) or (isinstance(value, int) and value % 16 == 0):  # as a launch tells the compiler
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, types, constants, attributes)
-    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     registers, spilled = resources(built.asm["ptx"])
     print(f"{kernel.fn.__name__}: {registers} registers, {spilled} bytes spilled", flush=True)
+
+
+def _type(value: Any) -> str:
+    return TYPES[value.dtype] if torch.is_tensor(value) else "fp32" if isinstance(value, float) else "i32"
 
 
 def resources(ptx: str) -> tuple[int, int]:
