@@ -23,6 +23,8 @@ from hymba_tune.model.ops.triton_scan import TERMS, rows_of
 # Attention: keys of a block; enough programs to fill the GPU, none with more slots than this in a full cache.
 KEYS, KEY_WARPS, KEY_STAGES = 64, 4, 3
 PROGRAMS, LONGEST_PART = 1024, 1024
+# Parts that are joined at a time.
+JOINED = 8
 # Conv: channels of a program. Scan: rows and channels of one.
 CONV_BLOCK = 512
 SCAN_ROWS, SCAN_BLOCK, SCAN_WARPS = 4, 32, 4
@@ -66,7 +68,8 @@ def attention_step(
     if splits > 1:
         kernels.join[(rows * heads,)](
             sums, peaks, totals, out, rows * heads, VALUE_DIM=value_dim, SPLITS=splits,
-            S=triton.next_power_of_2(splits), E=width,
+            S=triton.next_power_of_2(splits), E=width, TOGETHER=min(JOINED, triton.next_power_of_2(splits)),
+            WIDE=_TYPES[wide],
         )  # fmt: skip
     return out
 

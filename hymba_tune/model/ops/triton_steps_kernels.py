@@ -100,19 +100,23 @@ def attend(
 
 @triton.jit
 def join(
-    sums, peaks, totals, out, queries, VALUE_DIM: tl.constexpr, SPLITS: tl.constexpr, S: tl.constexpr, E: tl.constexpr
-):
-    """The softmax over all parts of the slots, for one query."""
+    sums, peaks, totals, out, queries, VALUE_DIM: tl.constexpr, SPLITS: tl.constexpr, S: tl.constexpr, E: tl.constexpr,
+    TOGETHER: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The softmax over all parts of the slots, for one query, TOGETHER parts at a time."""
     query = tl.program_id(0).to(tl.int64)
-    s, e = tl.arange(0, S), tl.arange(0, E)
-    at = s * queries + query
-    peak = tl.load(peaks + at, mask=s < SPLITS, other=float("-inf"))
-    share = tl.exp2(peak - tl.max(peak, 0))
-    total = tl.sum(share * tl.load(totals + at, mask=s < SPLITS, other=0), 0)
-    inside = (s < SPLITS)[:, None] & (e < VALUE_DIM)[None, :]
-    value = tl.load(sums + at[:, None] * VALUE_DIM + e[None, :], mask=inside, other=0)
-    joined = tl.sum(value * share[:, None], 0) / total
-    tl.store(out + query * VALUE_DIM + e, joined.to(out.dtype.element_ty), mask=e < VALUE_DIM)
+    every, few, e = tl.arange(0, S), tl.arange(0, TOGETHER), tl.arange(0, E)
+    peak = tl.max(tl.load(peaks + every * queries + query, mask=every < SPLITS, other=float("-inf")), 0)
+    share_of_all, joined = tl.zeros((TOGETHER,), WIDE), tl.zeros((TOGETHER, E), WIDE)
+    for start in range(0, SPLITS, TOGETHER):
+        s = start + few
+        at = s * queries + query
+        share = tl.exp2(tl.load(peaks + at, mask=s < SPLITS, other=float("-inf")) - peak)
+        share_of_all += share * tl.load(totals + at, mask=s < SPLITS, other=0)
+        inside = (s < SPLITS)[:, None] & (e < VALUE_DIM)[None, :]
+        joined += share[:, None] * tl.load(sums + at[:, None] * VALUE_DIM + e[None, :], mask=inside, other=0)
+    value = tl.sum(joined, 0) / tl.sum(share_of_all, 0)
+    tl.store(out + query * VALUE_DIM + e, value.to(out.dtype.element_ty), mask=e < VALUE_DIM)
 
 
 @triton.jit

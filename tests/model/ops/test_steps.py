@@ -127,6 +127,7 @@ from tests.model.ops import test_causal_conv1d as convs
 torch.use_deterministic_algorithms(True)  # fresh memory is full of NaN
 torch.manual_seed(0)
 triton_steps.KEYS, triton_steps.CONV_BLOCK, triton_steps.SCAN_ROWS, triton_steps.SCAN_BLOCK = 16, 4, 2, 4
+triton_steps.JOINED = 2
 exact, single, rounded = torch.float64, torch.float32, torch.bfloat16
 """
 ATTENTION = """
