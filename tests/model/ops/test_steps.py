@@ -32,6 +32,11 @@ def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
         assert float(error) <= TOLERANCE[dtype], float(error)
 
 
+def given(drawn: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    """Without the arguments that are left out."""
+    return {name: t for name, t in drawn.items() if t is not None}
+
+
 def attention_inputs(
     lengths: list[int],
     slots: int,
@@ -42,7 +47,7 @@ def attention_inputs(
 ) -> dict[str, Tensor]:
     """Random arguments; (query, K/V) heads; (d, dv). What lies in empty slots is random too, as after other rows."""
     (query_heads, kv_heads), (dim, value_dim), rows = heads, sizes, len(lengths)
-    shapes = {"q": (rows, query_heads, dim)}
+    shapes: dict[str, tuple[int, ...]] = {"q": (rows, query_heads, dim)}
     for name, size in (("k", dim), ("v", value_dim)):
         shapes |= {name: (rows, kv_heads, size), f"meta_{name}": (meta, kv_heads, size)}
         shapes |= {f"cached_{name}": (rows, kv_heads, slots, size)}
@@ -52,8 +57,7 @@ def attention_inputs(
 
 def scan_inputs(rows: int, channels: int, states: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Random arguments of scan_step; x, B and C are parts of wider rows, as projections give them."""
-    drawn = scans.random_inputs(rows, states, channels, dtype, initial=rows)
-    drawn = {name: t for name, t in drawn.items() if t is not None}
+    drawn = given(scans.random_inputs(rows, states, channels, dtype, initial=rows))
     parts = [drawn.pop(name) for name in ("x", "B", "C")]
     x, b, c = torch.cat(parts, 1).split([p.shape[1] for p in parts], 1)
     drawn["A_log"] = torch.log(-drawn.pop("A"))
@@ -101,7 +105,7 @@ def test_attention_to_one_more_token_is_the_last_row_of_attention(length: int, w
 
 
 def test_conv_and_scan_of_one_more_token_are_the_sequences_last() -> None:
-    drawn = convs.random_inputs(6, 4, 5, torch.float64, initial=3)
+    drawn = given(convs.random_inputs(6, 4, 5, torch.float64, initial=3))
     ends, once = offsets([2, 2, 2]), offsets([1, 1, 1])
     y, final = reference.causal_conv1d(**drawn, cu_seqlens=ends)
     first = {**drawn, "x": drawn["x"][::2]}
@@ -109,7 +113,7 @@ def test_conv_and_scan_of_one_more_token_are_the_sequences_last() -> None:
     step = reference_steps.conv_step(drawn["x"][1::2], drawn["weight"], drawn["bias"], state)
     torch.testing.assert_close((step, state), (y[1::2], final))
 
-    inputs = scans.random_inputs(6, 5, 4, torch.float64, initial=3)
+    inputs = given(scans.random_inputs(6, 5, 4, torch.float64, initial=3))
     y, final = reference.selective_scan(**inputs, cu_seqlens=ends)
     halves = [{n: t[i::2] if len(t) == 6 else t for n, t in inputs.items()} for i in range(2)]
     _, state = reference.selective_scan(**halves[0], cu_seqlens=once)
@@ -259,6 +263,6 @@ def test_on_a_gpu_triton_s_steps_are_the_reference_s(dtype: torch.dtype) -> None
             check_attention(triton_steps.attention_step, {n: t.cuda() for n, t in inputs.items()}, window)
     scanned = {n: t.cuda() for n, t in scan_inputs(5, 3200, 16, dtype).items()}
     check_in_place(triton_steps.scan_step, reference_steps.scan_step, scanned)
-    drawn = convs.random_inputs(5, 4, 3200, dtype, initial=5)
-    convolved = {n.replace("initial_", ""): t.cuda() for n, t in drawn.items() if t is not None}
+    drawn = given(convs.random_inputs(5, 4, 3200, dtype, initial=5))
+    convolved = {n.replace("initial_", ""): t.cuda() for n, t in drawn.items()}
     check_in_place(triton_steps.conv_step, reference_steps.conv_step, convolved)
