@@ -70,6 +70,21 @@ def test_bfloat16_is_summed_in_float32() -> None:
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
 
 
+def test_under_autocast_the_head_s_gradient_is_added_up_in_float32() -> None:
+    """64 chunks of one token and label: a sum in bfloat16 would stop growing long before, or lose its last bits."""
+    head, hidden = head_and_hidden(1, 1, dtype=torch.float32)
+    label = random_ids(1, 1)
+
+    def gradient(chunks: int) -> Tensor:
+        many, labels = hidden.detach().expand(1, chunks * CHUNK, -1), label.expand(1, chunks * CHUNK)
+        with torch.autocast("cpu", torch.bfloat16):
+            return torch.autograd.grad(chunked_cross_entropy(many, head, labels, 1), head.weight)[0]
+
+    of_one, of_all = gradient(1), gradient(64)
+    assert of_all.dtype == torch.float32
+    torch.testing.assert_close(of_all, 64 * of_one, rtol=1e-5, atol=0)
+
+
 def test_the_models_loss_is_the_mean_over_shifted_labels_and_takes_the_trainers_count() -> None:
     model, ids = random_model(tiny_config()), random_ids(2, 9)
     labels = ids.masked_fill(some_labels(2, 9) == IGNORED, IGNORED)
