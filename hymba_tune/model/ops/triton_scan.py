@@ -20,21 +20,24 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hymba_tune.model.ops import triton_scan_kernels as kernels
 
-# Channels of a program. Wider blocks spill registers, narrower ones make more partial sums for B and C.
-BLOCK = 32
-# Tokens whose states and decays the backward kernel holds in registers: with 8 it spills (Triton 3.7, sm_90).
+# Channels of a program of one warp, so many a thread: all states of a channel lie in one thread's registers. The kernel
+# that holds gradients too has no room for a second channel.
+BLOCK, GRADIENT_BLOCK, WARPS = 64, 32, 1
+# Tokens that are loaded together. The backward kernel holds their decays and states in registers: with 8 it spills.
 TILE = 4
-WARPS = 4
+# Elements of a program that takes softplus; of one that carries a state over the chunks, and chunks that it loads at once.
+STEPS, CARRIED, GROUP = 1024, 32, 8
 # Enough chunks to fill the GPU beside the blocks of channels, few enough for the serial pass over them.
 CHUNKS, SHORTEST_CHUNK, LONGEST_CHUNK = 64, 16, 256
-# Terms of the series in softplus that reach the precision of the type.
-TERMS = {torch.float32: 8, torch.float64: 18}
+# Terms of the series in softplus and its derivative that reach the precision of the type.
+TERMS = {torch.float32: (8, 7), torch.float64: (18, 13)}
 
 
 def selective_scan(
@@ -50,11 +53,10 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """Triton; see reference.selective_scan."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    rates = (A.to(wide) * math.log2(math.e)).contiguous()
-    state = None if initial_state is None else initial_state.to(wide).contiguous()
-    x, dt, B, C, gate = (rows_of(t) for t in (x, dt.to(wide), B, C, gate))
+    rates = A.to(wide) * math.log2(math.e)
+    state = None if initial_state is None else initial_state.to(wide)
     return _SelectiveScan.apply(
-        x, dt, rates, B, C, D.to(wide).contiguous(), gate, state, cu_seqlens.to(x.device, torch.long).contiguous()
+        rows_of(x), dt.to(wide), rates, B, C, D.to(wide), rows_of(gate), state, cu_seqlens.to(x.device, torch.long)
     )
 
 
@@ -77,7 +79,10 @@ def chunk_length(tokens: int) -> int:
 
 
 class _SelectiveScan(torch.autograd.Function):
-    """Rates are A * log2(e), (Dn, N); the rest as in reference.selective_scan, rows may be strided."""
+    """Rates are A * log2(e), (Dn, N); the rest as in reference.selective_scan, rows may be strided.
+
+    The kernels have channels last: states (.., N, Dn).
+    """
 
     @staticmethod
     def forward(
@@ -92,79 +97,115 @@ class _SelectiveScan(torch.autograd.Function):
         initial: Tensor | None,
         cu_seqlens: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        launch = _Launch(x, dt, rates, B, initial, cu_seqlens)
+        rates, initial = channels_last(rates), None if initial is None else channels_last(initial)
+        delta = torch.empty(dt.shape, dtype=dt.dtype, device=dt.device)
+        if dt.numel():
+            kernels.time_steps[(triton.cdiv(dt.numel(), STEPS),)](
+                dt=dt.contiguous(), delta=delta, elements=dt.numel(), TERMS=TERMS[dt.dtype][0], SIZE=STEPS
+            )
+        launch = _Launch(x, delta, rates, B, C, initial, cu_seqlens)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         # The kernel writes the final states of segments with tokens; an empty one hands on its initial state.
         final = rates.new_zeros(len(cu_seqlens) - 1, *rates.shape)
         if initial is not None:
             final.copy_(initial.expand_as(final))
         # What enters the only chunk does not matter: its first token starts a segment.
-        ends = torch.zeros(launch.chunks, *rates.shape, dtype=rates.dtype, device=x.device)
+        ends = rates.new_zeros(launch.chunks, *rates.shape)
         steps = rates.new_empty(launch.chunks, x.shape[1])
+        through = torch.empty(launch.chunks, dtype=torch.int32, device=x.device)
+        D = D.contiguous()
         if launch.chunks > 1:
-            launch(kernels.chunk_ends, **launch.driven, cu_seqlens=cu_seqlens, ends=ends, steps=steps)
-            launch.carry(ends, steps, reverse=False)
-        launch(kernels.outputs, **launch.driven, **launch.read_out(C, gate), D=D, ends=ends, y=y, final=final)
-        ctx.save_for_backward(x, dt, rates, B, C, D, gate, initial, cu_seqlens, ends, steps)
-        return y, final
+            launch(kernels.chunk_ends, **launch.driven, cu_seqlens=cu_seqlens, ends=ends, steps=steps, through=through)
+            launch.carry(ends, steps, through, reverse=False)
+        launch(kernels.outputs, **launch.driven, **launch.gated(gate), D=D, ends=ends, y=y, final=final)
+        ctx.save_for_backward(x, delta, rates, B, C, D, gate, initial, cu_seqlens, ends, steps, through)
+        return y, final.mT
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        x, dt, rates, B, C, D, gate, initial, cu_seqlens, ends, steps = ctx.saved_tensors
-        dy, dfinal = (g.contiguous() for g in upstream)
-        launch = _Launch(x, dt, rates, B, initial, cu_seqlens)
-        read_out = launch.read_out(C, gate)
+        x, delta, rates, B, C, D, gate, initial, cu_seqlens, ends, steps, through = ctx.saved_tensors
+        dy, dfinal = upstream[0].contiguous(), channels_last(upstream[1])
+        launch = _Launch(x, delta, rates, B, C, initial, cu_seqlens)
         kept = rates.new_empty(triton.cdiv(len(x), TILE), *rates.shape)
-        launch(kernels.tile_starts, **launch.driven, ends=ends, kept=kept, TILE=TILE)
+        launch(kernels.tile_starts, **launch.driven, ends=ends, kept=kept)
         entering = torch.zeros_like(ends)
         if launch.chunks > 1:
-            launch(kernels.chunk_gradients, **launch.timed, **read_out, dy=dy, dfinal=dfinal, cu_seqlens=cu_seqlens,
-                   entering=entering)  # fmt: skip
-            launch.carry(entering, steps, reverse=True)
-        dx, ddt, dgate = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, gate))
+            launch(kernels.chunk_gradients, **launch.timed, **launch.gated(gate), dy=dy, dfinal=dfinal,
+                   cu_seqlens=cu_seqlens, entering=entering)  # fmt: skip
+            launch.carry(entering, steps, through, reverse=True)
+        dx, ddt, dgate = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, delta, gate))
         # An empty segment's initial state is its final one; the kernel writes the others'.
         dinitial = dfinal.clone()
-        dB, dC = (rates.new_empty(launch.blocks, *B.shape) for _ in range(2))
+        blocks = triton.cdiv(launch.channels, GRADIENT_BLOCK)
+        dB, dC = (rates.new_empty(blocks, *B.shape) for _ in range(2))
         drates, dD = rates.new_empty(ends.shape), rates.new_empty(steps.shape)
         wanted = {"dx": dx, "ddt": ddt, "dgate": dgate, "dinitial": dinitial, "dB": dB, "dC": dC, "drates": drates}
-        launch(kernels.gradients, **launch.driven, **read_out, **wanted, D=D, dD=dD, dy=dy, dfinal=dfinal, kept=kept,
-               entering=entering, TILE=TILE)  # fmt: skip
-        of_initial = None if initial is None else dinitial.sum_to_size(initial.shape)
+        launch(kernels.gradients, **launch.driven, **launch.gated(gate), **launch.summed(), **wanted, D=D, dD=dD, dy=dy,
+               dfinal=dfinal, kept=kept, entering=entering, TERMS=TERMS[rates.dtype][1],
+               block=GRADIENT_BLOCK)  # fmt: skip
+        of_initial = None if initial is None else dinitial.sum_to_size(initial.shape).mT
         # The kernel's is the gradient of A, and rates are A * log2(e).
-        of_rates = drates.sum(0) / math.log2(math.e)
+        of_rates = drates.sum(0).mT / math.log2(math.e)
         return dx, ddt, of_rates, dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype), dD.sum(0), dgate, of_initial, None
+
+
+def channels_last(states: Tensor) -> Tensor:
+    """(.., Dn, N) -> (.., N, Dn), contiguous."""
+    return states.mT.contiguous()
 
 
 class _Launch:
     """What the kernels of one call share, by the names of their parameters."""
 
     def __init__(
-        self, x: Tensor, dt: Tensor, rates: Tensor, B: Tensor, initial: Tensor | None, cu_seqlens: Tensor
+        self,
+        x: Tensor,
+        delta: Tensor,
+        rates: Tensor,
+        B: Tensor,
+        C: Tensor,
+        initial: Tensor | None,
+        cu_seqlens: Tensor,
     ) -> None:
-        self.tokens, (self.channels, self.states) = len(x), rates.shape
+        self.tokens, (self.states, self.channels) = len(x), rates.shape
         self.chunk, self.rates, self.cu_seqlens = chunk_length(self.tokens), rates, cu_seqlens
-        self.chunks, self.blocks = triton.cdiv(self.tokens, self.chunk), triton.cdiv(self.channels, BLOCK)
-        self.marks = marks_of(cu_seqlens, self.tokens)
-        self.timed = {"dt": dt, "dt_row": dt.stride(0), "TERMS": TERMS[rates.dtype]}
-        separate = initial is not None and len(initial) > 1
-        states = {"initial": initial, "initial_row": int(separate), "GIVEN": initial is not None}
-        self.driven = {**self.timed, "x": x, "x_row": x.stride(0), "B": B, "B_row": B.stride(0), **states}
+        self.chunks = triton.cdiv(self.tokens, self.chunk)
+        # Tiles are whole: the tokens that fill the last one up are zeros.
+        filled = triton.cdiv(self.tokens, TILE) * TILE - self.tokens
+        self.marks = F.pad(marks_of(cu_seqlens, self.tokens), (0, filled))
+        bc = F.pad(torch.cat([B, C], 1).to(rates.dtype), (0, 0, 0, filled))
+        self.timed = {"delta": delta, "bc": bc}
+        states = {"initial": initial, "GIVEN": initial is not None}
+        states["initial_row"] = int(initial is not None and len(initial) > 1)
+        self.driven = {**self.timed, "x": x, "x_row": x.stride(0), **states}
 
-    def read_out(self, C: Tensor, gate: Tensor) -> dict[str, Any]:
-        return {"C": C, "C_row": C.stride(0), "gate": gate, "gate_row": gate.stride(0)}
+    def gated(self, gate: Tensor) -> dict[str, Any]:
+        return {"gate": gate, "gate_row": gate.stride(0)}
 
-    def __call__(self, kernel: Any, **arguments: Any) -> None:
+    def summed(self) -> dict[str, int]:
+        """How the sums over a program's channels are laid out over its threads; see kernels.store_sums."""
+        width = min(GRADIENT_BLOCK, triton.next_power_of_2(self.states))
+        return {
+            "WIDTH": width,
+            "HALVINGS": width.bit_length() - 1,
+            "EXCHANGES": (GRADIENT_BLOCK // width).bit_length() - 1,
+        }
+
+    def __call__(self, kernel: Any, block: int | None = None, **arguments: Any) -> None:
         if self.tokens:
-            kernel[(self.chunks, self.blocks)](**arguments, **self._common())
+            block = block or BLOCK
+            grid = (triton.cdiv(self.channels, block), self.chunks)
+            kernel[grid](**arguments, **self._common(), TILE=TILE, BLOCK=block)
 
-    def carry(self, ends: Tensor, steps: Tensor, reverse: bool) -> None:
-        common = self._common()
-        kernels.carry[(self.blocks,)](
-            ends=ends, steps=steps, cu_seqlens=self.cu_seqlens, chunks=self.chunks, REVERSE=reverse, **common
-        )
+    def carry(self, ends: Tensor, steps: Tensor, through: Tensor, reverse: bool) -> None:
+        grid = (triton.cdiv(self.channels, CARRIED), self.states)
+        kernels.carry[grid](
+            ends=ends, steps=steps, through=through, rates=self.rates, chunks=self.chunks, channels=self.channels,
+            GROUP=GROUP, BLOCK=CARRIED, STATES=self.states, REVERSE=reverse, num_warps=WARPS,
+        )  # fmt: skip
 
     def _common(self) -> dict[str, Any]:
-        sizes = {"tokens": self.tokens, "channels": self.channels, "states": self.states}
-        constants = {"CHUNK": self.chunk, "BLOCK": BLOCK, "N": triton.next_power_of_2(self.states), "num_warps": WARPS}
+        sizes = {"tokens": self.tokens, "channels": self.channels}
+        constants = {"CHUNK": self.chunk, "STATES": self.states, "num_warps": WARPS}
         return {"rates": self.rates, "marks": self.marks, **sizes, **constants}

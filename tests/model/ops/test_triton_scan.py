@@ -27,7 +27,8 @@ from tests.model.ops import test_selective_scan as scans
 torch.use_deterministic_algorithms(True)  # fresh memory is full of NaN
 torch.manual_seed(0)
 # Chunks and tiles as short as can be, so that few tokens cross many of them; {more}
-triton_scan.TILE, triton_scan.SHORTEST_CHUNK, triton_scan.CHUNKS, triton_scan.BLOCK = 2, 4, 8, 4
+triton_scan.TILE, triton_scan.SHORTEST_CHUNK, triton_scan.CHUNKS, triton_scan.BLOCK = 2, 4, 8, 8
+triton_scan.GRADIENT_BLOCK, triton_scan.GROUP = 4, 2
 assert triton_scan.chunk_length(21) == 4
 op = triton_scan.selective_scan
 for lengths in {lengths}:
