@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -34,16 +34,21 @@ def require_gpu() -> None:
 
 
 def gpu_seconds(work: Callable[[], Any], rounds: int) -> float:
-    """Median seconds of `work` on the GPU, after two calls that compile and warm up."""
-    seconds = []
-    for i in range(rounds + 2):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
+    """Median seconds of `work` on the GPU, after two calls that compile and warm up.
+
+    Calls follow one another without waiting, as they do in training: what the CPU does meanwhile counts where the GPU
+    would have to wait for it.
+    """
+    for _ in range(2):
         work()
-        torch.cuda.synchronize()
-        if i >= 2:
-            seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
+    torch.cuda.synchronize()
+    marks[0].record()
+    for mark in marks[1:]:
+        work()
+        mark.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks)) / 1e3
 
 
 def machine() -> dict[str, Any]:

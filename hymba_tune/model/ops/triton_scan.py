@@ -174,7 +174,8 @@ class _Launch:
         # Tiles are whole: the tokens that fill the last one up are zeros.
         filled = triton.cdiv(self.tokens, TILE) * TILE - self.tokens
         self.marks = F.pad(marks_of(cu_seqlens, self.tokens), (0, filled))
-        bc = F.pad(torch.cat([B, C], 1).to(rates.dtype), (0, 0, 0, filled))
+        columns = triton.next_power_of_2(2 * self.states) - 2 * self.states
+        bc = F.pad(torch.cat([B, C], 1).to(rates.dtype), (0, columns, 0, filled))
         self.timed = {"delta": delta, "bc": bc}
         states = {"initial": initial, "GIVEN": initial is not None}
         states["initial_row"] = int(initial is not None and len(initial) > 1)

@@ -2,7 +2,7 @@
 
 A program computes BLOCK channels over one chunk of CHUNK tokens. A thread holds all states of its channel: they are a
 tuple of STATES vectors (BLOCK,), so that sums over states need no other thread, and only sums over channels do.
-Arrays of states lie as (.., STATES, channels) here. `bc` (T, 2, STATES) holds B and C of each token, `delta` (T,
+Arrays of states lie as (.., STATES, channels) here. `bc` (T, a power of two) holds B, then C of each token, `delta` (T,
 channels) the time steps, softplus already taken. Tokens carry marks, segment * 4 + 2 (the segment's last) + 1 (its
 first); `bc` and `marks` are padded with zeros to whole tiles of TILE tokens. Rates are A * log2(e), so that a decay is
 one exp2. WIDE numbers (states, sums) are float32, or float64 for float64 input.
@@ -79,11 +79,24 @@ def initial_state(base, segment, row, d, channels, like, STATES: tl.constexpr, G
 
 
 @triton.jit
-def advance(h, delta, drive, rate, b, STATES: tl.constexpr):
-    """The states after a token, from those before it; `b` points to the token's B."""
+def load_bc(bc, token, STATES: tl.constexpr):
+    """B and C of a token, one a thread: what `pick` takes from there needs no memory."""
+    SIZE: tl.constexpr = triton.next_power_of_2(2 * STATES)
+    return tl.load(bc + token * SIZE + tl.arange(0, SIZE))
+
+
+@triton.jit
+def pick(row, i: tl.constexpr, like):
+    """Element i of a row, for every channel of `like`."""
+    return tl.gather(row, tl.full(like.shape, i, tl.int32), 0)
+
+
+@triton.jit
+def advance(h, delta, drive, rate, row, STATES: tl.constexpr):
+    """The states after a token, from those before it; `row` holds the token's B and C."""
     after = ()
     for n in tl.static_range(STATES):
-        after = after + (tl.exp2(delta * rate[n]) * h[n] + drive * tl.load(b + n),)
+        after = after + (tl.exp2(delta * rate[n]) * h[n] + drive * pick(row, n, drive),)
     return after
 
 
@@ -114,14 +127,15 @@ def chunk_ends(
     for tile in range(0, tl.cdiv(stop - start, TILE)):
         deltas = ()
         xs = ()
+        rows = ()
         for i in tl.static_range(TILE):
             t = start + tile * TILE + i
             deltas = deltas + (load_row(delta, t, channels, d, channels, stop, WIDE),)
             xs = xs + (load_row(x, t, x_row, d, channels, stop, WIDE),)
-        for i in tl.static_range(TILE):
             # Past the stop the time step is 0, which keeps the state.
-            b = bc + tl.minimum(start + tile * TILE + i, stop - 1) * 2 * STATES
-            h = advance(h, deltas[i], deltas[i] * xs[i], rate, b, STATES)
+            rows = rows + (load_bc(bc, tl.minimum(t, stop - 1), STATES),)
+        for i in tl.static_range(TILE):
+            h = advance(h, deltas[i], deltas[i] * xs[i], rate, rows[i], STATES)
             total += deltas[i]
     store_states(ends, chunk, d, channels, h, STATES)
     tl.store(through + chunk, (begin < first).to(tl.int32))
@@ -179,21 +193,22 @@ def outputs(
         deltas = ()
         xs = ()
         gates = ()
+        rows = ()
         # The loads of a tile come before its stores, so that they overlap.
         for i in tl.static_range(TILE):
             deltas = deltas + (load_row(delta, start + i, channels, d, channels, tokens, WIDE),)
             xs = xs + (load_row(x, start + i, x_row, d, channels, tokens, WIDE),)
             gates = gates + (load_row(gate, start + i, gate_row, d, channels, tokens, WIDE),)
+            rows = rows + (load_bc(bc, start + i, STATES),)
         for i in tl.static_range(TILE):
             t = start + i
             mark = tl.load(marks + t)
             if mark & 1:
                 h = initial_state(initial, mark >> 2, initial_row, d, channels, skip, STATES, GIVEN)
-            b = bc + t * 2 * STATES
-            h = advance(h, deltas[i], deltas[i] * xs[i], rate, b, STATES)
+            h = advance(h, deltas[i], deltas[i] * xs[i], rate, rows[i], STATES)
             v = skip * xs[i]
             for n in tl.static_range(STATES):
-                v += h[n] * tl.load(b + STATES + n)
+                v += h[n] * pick(rows[i], STATES + n, v)
             out = v * gates[i] * tl.sigmoid(gates[i])
             tl.store(y + t * channels + d, out.to(y.dtype.element_ty), mask=(d < channels) & (t < tokens))
             if mark & 2:
@@ -215,15 +230,17 @@ def tile_starts(
         start = chunk * CHUNK + tile * TILE
         deltas = ()
         xs = ()
+        rows = ()
         for i in tl.static_range(TILE):
             deltas = deltas + (load_row(delta, start + i, channels, d, channels, tokens, WIDE),)
             xs = xs + (load_row(x, start + i, x_row, d, channels, tokens, WIDE),)
+            rows = rows + (load_bc(bc, start + i, STATES),)
         store_states(kept, start // TILE, d, channels, h, STATES)
         for i in tl.static_range(TILE):
             mark = tl.load(marks + start + i)
             if mark & 1:
                 h = initial_state(initial, mark >> 2, initial_row, d, channels, xs[i], STATES, GIVEN)
-            h = advance(h, deltas[i], deltas[i] * xs[i], rate, bc + (start + i) * 2 * STATES, STATES)
+            h = advance(h, deltas[i], deltas[i] * xs[i], rate, rows[i], STATES)
 
 
 @triton.jit
@@ -251,6 +268,7 @@ def chunk_gradients(
     for tile in range(0, tl.cdiv(end - first, TILE)):
         deltas = ()
         upstream = ()
+        rows = ()
         for i in tl.static_range(TILE):
             t = end - 1 - tile * TILE - i
             # Before the chunk the time step is 0 and nothing comes from upstream, which keeps the gradient.
@@ -258,11 +276,12 @@ def chunk_gradients(
             deltas = deltas + (load_row(delta, at, channels, d, channels, tokens, WIDE),)
             z = load_row(gate, at, gate_row, d, channels, tokens, WIDE)
             upstream = upstream + (load_row(dy, at, channels, d, channels, tokens, WIDE) * z * tl.sigmoid(z),)
+            rows = rows + (load_bc(bc, tl.maximum(t, first), STATES),)
         for i in tl.static_range(TILE):
-            c = bc + (tl.maximum(end - 1 - tile * TILE - i, first) * 2 + 1) * STATES
             before = ()
             for n in tl.static_range(STATES):
-                before = before + (tl.exp2(deltas[i] * rate[n]) * (g[n] + upstream[i] * tl.load(c + n)),)
+                c = pick(rows[i], STATES + n, upstream[i])
+                before = before + (tl.exp2(deltas[i] * rate[n]) * (g[n] + upstream[i] * c),)
             g = before
     store_states(entering, chunk, d, channels, g, STATES)
 
@@ -331,11 +350,13 @@ def gradients(
         xs = ()
         gates = ()
         dys = ()
+        rows = ()
         for i in tl.static_range(TILE):
             deltas = deltas + (load_row(delta, start + i, channels, d, channels, tokens, WIDE),)
             xs = xs + (load_row(x, start + i, x_row, d, channels, tokens, WIDE),)
             gates = gates + (load_row(gate, start + i, gate_row, d, channels, tokens, WIDE),)
             dys = dys + (load_row(dy, start + i, channels, d, channels, tokens, WIDE),)
+            rows = rows + (load_bc(bc, start + i, STATES),)
         decays = ()
         decayed = ()
         dvs = ()
@@ -344,18 +365,17 @@ def gradients(
             mark = tl.load(marks + t)
             if mark & 1:
                 h = initial_state(initial, mark >> 2, initial_row, d, channels, skip, STATES, GIVEN)
-            b = bc + t * 2 * STATES
             drive = deltas[i] * xs[i]
             after = ()
             for n in tl.static_range(STATES):
                 decay = tl.exp2(deltas[i] * rate[n])
                 decays = decays + (decay,)
                 decayed = decayed + (decay * h[n],)
-                after = after + (decay * h[n] + drive * tl.load(b + n),)
+                after = after + (decay * h[n] + drive * pick(rows[i], n, drive),)
             h = after
             v = skip * xs[i]
             for n in tl.static_range(STATES):
-                v += h[n] * tl.load(b + STATES + n)
+                v += h[n] * pick(rows[i], STATES + n, v)
             sigmoid = tl.sigmoid(gates[i])
             dvs = dvs + (dys[i] * gates[i] * sigmoid,)
             dz = dys[i] * v * sigmoid * (1 + gates[i] * (1 - sigmoid))
@@ -365,12 +385,15 @@ def gradients(
             for n in tl.static_range(STATES):
                 products = products + (h[n] * dvs[i],)
             store_sums(dC + (block * tokens + t) * STATES, products, lane, live, STATES, WIDTH, HALVINGS, EXCHANGES)
+        # Read again: kept from above, what was picked from the rows would fill more registers than there are.
+        rows = ()
+        for i in tl.static_range(TILE):
+            rows = rows + (load_bc(bc, start + i, STATES),)
         for i in tl.static_range(TILE - 1, -1, -1):
             t = start + i
             mark = tl.load(marks + t)
             if mark & 2:
                 g = load_states(dfinal, (mark >> 2).to(tl.int64), d, channels, STATES)
-            b = bc + t * 2 * STATES
             drive = deltas[i] * xs[i]
             ddrive = tl.zeros_like(skip)
             by_rate = tl.zeros_like(skip)
@@ -378,9 +401,9 @@ def gradients(
             sums = ()
             products = ()
             for n in tl.static_range(STATES):
-                dh = g[n] + dvs[i] * tl.load(b + STATES + n)
+                dh = g[n] + dvs[i] * pick(rows[i], STATES + n, drive)
                 dlog = dh * decayed[i * STATES + n]
-                ddrive += dh * tl.load(b + n)
+                ddrive += dh * pick(rows[i], n, drive)
                 by_rate += dlog * rate[n]
                 sums = sums + (sum_rates[n] + dlog * deltas[i],)
                 products = products + (dh * drive,)

@@ -82,7 +82,7 @@ for op, inputs in (
     y, final = op(*inputs)
     torch.autograd.backward([y, final], [torch.ones_like(y), torch.ones_like(final)])
 """
-KERNELS = {"chunk_ends", "carry", "outputs", "tile_starts", "chunk_gradients", "gradients"} | {
+KERNELS = {"time_steps", "chunk_ends", "carry", "outputs", "tile_starts", "chunk_gradients", "gradients"} | {
     "forward", "final_states", "before_silu", "inputs_gradient", "initial_gradient"
 }  # fmt: skip
 
