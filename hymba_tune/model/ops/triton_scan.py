@@ -32,7 +32,7 @@ from hymba_tune.model.ops import triton_scan_kernels as kernels
 BLOCK, GRADIENT_BLOCK, WARPS = 64, 32, 1
 # Tokens that are loaded together. The backward kernel holds their decays and states in registers: with 8 it spills.
 TILE = 4
-# Elements of a program that takes softplus; of one that carries a state over the chunks, and chunks that it loads at once.
+# Elements of a program that takes softplus; of one that carries a state over the chunks, loaded GROUP at a time.
 STEPS, CARRIED, GROUP = 1024, 32, 8
 # Enough chunks to fill the GPU beside the blocks of channels, few enough for the serial pass over them.
 CHUNKS, SHORTEST_CHUNK, LONGEST_CHUNK = 64, 16, 256
