@@ -25,6 +25,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hymba_tune.model.ops import segments
 from hymba_tune.model.ops import triton_scan_kernels as kernels
 
 # Channels of a program of one warp, so many a thread: all states of a channel lie in one thread's registers. The kernel
@@ -55,9 +56,9 @@ def selective_scan(
     wide = torch.promote_types(x.dtype, torch.float32)
     rates = A.to(wide) * math.log2(math.e)
     state = None if initial_state is None else initial_state.to(wide)
-    return _SelectiveScan.apply(
-        rows_of(x), dt.to(wide), rates, B, C, D.to(wide), rows_of(gate), state, cu_seqlens.to(x.device, torch.long)
-    )
+    ends = segments.boundaries(cu_seqlens, x.device)
+    marks = marks_of(ends, len(x))
+    return _SelectiveScan.apply(rows_of(x), dt.to(wide), rates, B, C, D.to(wide), rows_of(gate), state, ends, marks)
 
 
 def rows_of(t: Tensor) -> Tensor:
@@ -66,11 +67,20 @@ def rows_of(t: Tensor) -> Tensor:
 
 
 def marks_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """(T,) int32: segment * 4 + 2 at a segment's last token + 1 at its first."""
-    position = torch.arange(tokens, device=cu_seqlens.device)
-    segment = torch.bucketize(position, cu_seqlens[1:], right=True)
-    first, last = position == cu_seqlens[segment], position + 1 == cu_seqlens[segment + 1]
-    return (segment * 4 + last * 2 + first.long()).int()
+    """(T, to whole tiles) int32: segment * 4 + 2 at a segment's last token + 1 at its first; zeros behind them."""
+
+    def derive() -> Tensor:
+        segment, firsts = segments.owners(cu_seqlens, tokens)
+        position = torch.arange(tokens, device=segment.device)
+        first, last = position == firsts, position + 1 == cu_seqlens[segment + 1]
+        return F.pad((segment * 4 + last * 2 + first.long()).int(), (0, whole_tiles(tokens) - tokens))
+
+    return segments.kept(cu_seqlens, ("marks", tokens, TILE), derive)
+
+
+def whole_tiles(tokens: int) -> int:
+    """Tokens up to the end of the last tile."""
+    return triton.cdiv(tokens, TILE) * TILE
 
 
 def chunk_length(tokens: int) -> int:
@@ -96,6 +106,7 @@ class _SelectiveScan(torch.autograd.Function):
         gate: Tensor,
         initial: Tensor | None,
         cu_seqlens: Tensor,
+        marks: Tensor,
     ) -> tuple[Tensor, Tensor]:
         rates, initial = channels_last(rates), None if initial is None else channels_last(initial)
         delta = torch.empty(dt.shape, dtype=dt.dtype, device=dt.device)
@@ -103,7 +114,7 @@ class _SelectiveScan(torch.autograd.Function):
             kernels.time_steps[(triton.cdiv(dt.numel(), STEPS),)](
                 dt=dt.contiguous(), delta=delta, elements=dt.numel(), TERMS=TERMS[dt.dtype][0], SIZE=STEPS
             )
-        launch = _Launch(x, delta, rates, B, C, initial, cu_seqlens)
+        launch = _Launch(x, delta, rates, B, C, initial, marks)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         # The kernel writes the final states of segments with tokens; an empty one hands on its initial state.
         final = rates.new_zeros(len(cu_seqlens) - 1, *rates.shape)
@@ -118,15 +129,15 @@ class _SelectiveScan(torch.autograd.Function):
             launch(kernels.chunk_ends, **launch.driven, cu_seqlens=cu_seqlens, ends=ends, steps=steps, through=through)
             launch.carry(ends, steps, through, reverse=False)
         launch(kernels.outputs, **launch.driven, **launch.gated(gate), D=D, ends=ends, y=y, final=final)
-        ctx.save_for_backward(x, delta, rates, B, C, D, gate, initial, cu_seqlens, ends, steps, through)
+        ctx.save_for_backward(x, delta, rates, B, C, D, gate, initial, cu_seqlens, marks, ends, steps, through)
         return y, final.mT
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        x, delta, rates, B, C, D, gate, initial, cu_seqlens, ends, steps, through = ctx.saved_tensors
+        x, delta, rates, B, C, D, gate, initial, cu_seqlens, marks, ends, steps, through = ctx.saved_tensors
         dy, dfinal = upstream[0].contiguous(), channels_last(upstream[1])
-        launch = _Launch(x, delta, rates, B, C, initial, cu_seqlens)
+        launch = _Launch(x, delta, rates, B, C, initial, marks)
         kept = rates.new_empty(triton.cdiv(len(x), TILE), *rates.shape)
         launch(kernels.tile_starts, **launch.driven, ends=ends, kept=kept)
         entering = torch.zeros_like(ends)
@@ -147,7 +158,7 @@ class _SelectiveScan(torch.autograd.Function):
         of_initial = None if initial is None else dinitial.sum_to_size(initial.shape).mT
         # The kernel's is the gradient of A, and rates are A * log2(e).
         of_rates = drates.sum(0).mT / math.log2(math.e)
-        return dx, ddt, of_rates, dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype), dD.sum(0), dgate, of_initial, None
+        return dx, ddt, of_rates, dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype), dD.sum(0), dgate, of_initial, None, None
 
 
 def channels_last(states: Tensor) -> Tensor:
@@ -166,14 +177,12 @@ class _Launch:
         B: Tensor,
         C: Tensor,
         initial: Tensor | None,
-        cu_seqlens: Tensor,
+        marks: Tensor,
     ) -> None:
         self.tokens, (self.states, self.channels) = len(x), rates.shape
-        self.chunk, self.rates, self.cu_seqlens = chunk_length(self.tokens), rates, cu_seqlens
+        self.chunk, self.rates, self.marks = chunk_length(self.tokens), rates, marks
         self.chunks = triton.cdiv(self.tokens, self.chunk)
-        # Tiles are whole: the tokens that fill the last one up are zeros.
-        filled = triton.cdiv(self.tokens, TILE) * TILE - self.tokens
-        self.marks = F.pad(marks_of(cu_seqlens, self.tokens), (0, filled))
+        filled = whole_tiles(self.tokens) - self.tokens
         columns = triton.next_power_of_2(2 * self.states) - 2 * self.states
         bc = F.pad(torch.cat([B, C], 1).to(rates.dtype), (0, columns, 0, filled))
         self.timed = {"delta": delta, "bc": bc}
