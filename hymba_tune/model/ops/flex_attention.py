@@ -141,7 +141,8 @@ def _pairs_of_blocks(first: Tensor, own: Tensor, prefix: int) -> tuple[Tensor, T
 def _listed(grid: Tensor) -> tuple[Tensor, Tensor]:
     """(n, m) bool -> how many are set in a row (1, 1, n), and their columns, then the others' (1, 1, n, m); int32."""
     columns = grid.int().argsort(dim=-1, descending=True, stable=True)
-    return grid.sum(-1, dtype=torch.int32)[None, None], columns.int()[None, None]
+    # The kernels read rows without gaps, whatever the strides say, and a sorted transpose is a transpose again.
+    return grid.sum(-1, dtype=torch.int32)[None, None], columns.int().contiguous()[None, None]
 
 
 def _wide(t: Tensor) -> Tensor:

@@ -1,14 +1,13 @@
 """Selective scan on a GPU: autograd around the Triton kernels of triton_scan_kernels.py.
 
-Signature, shapes and semantics: reference.py. The stream is cut into chunks of equal length wherever documents start or
-end: a document's first token replaces the state by its initial one. One program scans a block of channels token by
-token, so every (token, channel, state) costs one exp2, which bounds the time, and no state leaves the registers.
-Blocks of channels alone are too few programs for one long document on a large GPU (100 at 3,200 channels), so the scan
-has two levels: the state that each chunk adds, a short serial pass that carries them over, then the outputs. The first
-level skips what no carry needs, so that documents shorter than a chunk pay for it about half. The backward pass has the
-same two levels from the right. Only the states that enter the chunks are kept for it; the others are computed again, in
-two steps: those before every TILE-th token, into a buffer of T / TILE states that lives during the call, and those
-between, in registers.
+Signature, shapes and semantics: reference.py. Every document is cut into chunks. One program scans a block of channels
+token by token over a chunk, so every (token, channel, state) costs one exp2, which bounds the time, and no state leaves
+the registers. Blocks of channels alone are too few programs for one long document on a large GPU (50 at 3,200
+channels), so the scan has two levels: the state that each chunk adds, a short serial pass that carries them over, then
+the outputs. The first level skips what no carry needs, so that documents shorter than a chunk pay nothing for it. The
+backward pass has the same two levels from the right. Only the states that enter the chunks are kept for it; the others
+are computed again, in two steps: those before every tile of TILE tokens, into a buffer that lives during the call, and
+those between, in registers.
 
 Deterministic: no atomics. Sums over channels (gradients of B and C) and over tokens (of A and D) are written as one
 partial sum a program and added up by torch.sum, in an order that depends on the shapes only.
@@ -17,7 +16,7 @@ partial sum a program and added up by torch.sum, in an order that depends on the
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +34,7 @@ BLOCK, GRADIENT_BLOCK, WARPS = 64, 32, 1
 TILE = 4
 # Elements of a program that takes softplus; of one that carries a state over the chunks, loaded GROUP at a time.
 STEPS, CARRIED, GROUP = 1024, 32, 8
-# Enough chunks to fill the GPU beside the blocks of channels, few enough for the serial pass over them.
+# Enough chunks of a long document to fill the GPU, few enough for the serial pass over them.
 CHUNKS, SHORTEST_CHUNK, LONGEST_CHUNK = 64, 16, 256
 # Terms of the series in softplus and its derivative that reach the precision of the type.
 TERMS = {torch.float32: (8, 7), torch.float64: (18, 13)}
@@ -57,8 +56,8 @@ def selective_scan(
     rates = A.to(wide) * math.log2(math.e)
     state = None if initial_state is None else initial_state.to(wide)
     ends = segments.boundaries(cu_seqlens, x.device)
-    marks = marks_of(ends, len(x))
-    return _SelectiveScan.apply(rows_of(x), dt.to(wide), rates, B, C, D.to(wide), rows_of(gate), state, ends, marks)
+    chunks = chunks_of(ends, len(x))
+    return _SelectiveScan.apply(rows_of(x), dt.to(wide), rates, B, C, D.to(wide), rows_of(gate), state, *chunks)
 
 
 def rows_of(t: Tensor) -> Tensor:
@@ -66,25 +65,41 @@ def rows_of(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def marks_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """(T, to whole tiles) int32: segment * 4 + 2 at a segment's last token + 1 at its first; zeros behind them."""
+class Chunks(NamedTuple):
+    """How documents are cut; how many chunks there are is bounded on the CPU, since asking the GPU would take time."""
 
-    def derive() -> Tensor:
-        segment, firsts = segments.owners(cu_seqlens, tokens)
-        position = torch.arange(tokens, device=segment.device)
-        first, last = position == firsts, position + 1 == cu_seqlens[segment + 1]
-        return F.pad((segment * 4 + last * 2 + first.long()).int(), (0, whole_tiles(tokens) - tokens))
+    table: Tensor
+    """(chunks, 6) int64: first token, token behind the last, those of the document, document, first tile."""
+    begins: Tensor
+    """(documents + 1,) int64: the first chunk of each document, and how many there are in all."""
+    tiles: int
+    """No more tiles than this."""
+    several: bool
+    """May a document have more than one chunk?"""
 
-    return segments.kept(cu_seqlens, ("marks", tokens, TILE), derive)
+
+def chunks_of(cu_seqlens: Tensor, tokens: int) -> Chunks:
+    size = chunk_length(tokens)
+    return segments.kept(cu_seqlens, ("chunks", tokens, size, TILE), lambda: _cut(cu_seqlens, tokens, size))
 
 
-def whole_tiles(tokens: int) -> int:
-    """Tokens up to the end of the last tile."""
-    return triton.cdiv(tokens, TILE) * TILE
+def _cut(cu_seqlens: Tensor, tokens: int, size: int) -> Chunks:
+    lengths = cu_seqlens.diff()
+    documents = len(lengths)
+    begins = F.pad((-(-lengths // size)).cumsum(0), (1, 0))
+    chunk = torch.arange((tokens + documents * (size - 1)) // size, device=lengths.device)
+    document = torch.bucketize(chunk, begins[1:], right=True).clamp(max=max(documents - 1, 0))
+    begin, end = cu_seqlens[document], cu_seqlens[document + 1]
+    # Chunks that there are not start and stop at the document's end.
+    start = torch.minimum(begin + (chunk - begins[document]) * size, end)
+    stop = torch.minimum(start + size, end)
+    tiles = -(-(stop - start) // TILE)
+    table = torch.stack([start, stop, begin, end, document, tiles.cumsum(0) - tiles], 1)
+    return Chunks(table, begins, (tokens + documents * (TILE - 1)) // TILE, tokens > size)
 
 
 def chunk_length(tokens: int) -> int:
-    """A power of two and a multiple of TILE."""
+    """Tokens of a chunk: a power of two and a multiple of TILE."""
     return max(SHORTEST_CHUNK, min(LONGEST_CHUNK, triton.next_power_of_2(triton.cdiv(tokens, CHUNKS))))
 
 
@@ -105,60 +120,59 @@ class _SelectiveScan(torch.autograd.Function):
         D: Tensor,
         gate: Tensor,
         initial: Tensor | None,
-        cu_seqlens: Tensor,
-        marks: Tensor,
+        *cut: Any,
     ) -> tuple[Tensor, Tensor]:
+        chunks = Chunks(*cut)
         rates, initial = channels_last(rates), None if initial is None else channels_last(initial)
         delta = torch.empty(dt.shape, dtype=dt.dtype, device=dt.device)
         if dt.numel():
             kernels.time_steps[(triton.cdiv(dt.numel(), STEPS),)](
                 dt=dt.contiguous(), delta=delta, elements=dt.numel(), TERMS=TERMS[dt.dtype][0], SIZE=STEPS
             )
-        launch = _Launch(x, delta, rates, B, C, initial, marks)
+        launch = _Launch(x, delta, rates, B, C, chunks)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        # The kernel writes the final states of segments with tokens; an empty one hands on its initial state.
-        final = rates.new_zeros(len(cu_seqlens) - 1, *rates.shape)
+        # The kernel writes the final states of documents with tokens; an empty one hands on its initial state.
+        final = rates.new_zeros(len(chunks.begins) - 1, *rates.shape)
         if initial is not None:
             final.copy_(initial.expand_as(final))
-        # What enters the only chunk does not matter: its first token starts a segment.
-        ends = rates.new_zeros(launch.chunks, *rates.shape)
-        steps = rates.new_empty(launch.chunks, x.shape[1])
-        through = torch.empty(launch.chunks, dtype=torch.int32, device=x.device)
+        ends, steps = launch.buffers()
         D = D.contiguous()
-        if launch.chunks > 1:
-            launch(kernels.chunk_ends, **launch.driven, cu_seqlens=cu_seqlens, ends=ends, steps=steps, through=through)
-            launch.carry(ends, steps, through, reverse=False)
+        if chunks.several:
+            launch(kernels.chunk_ends, **launch.driven, ends=ends, steps=steps)
+        launch.carry(ends, steps, initial, reverse=False)
         launch(kernels.outputs, **launch.driven, **launch.gated(gate), D=D, ends=ends, y=y, final=final)
-        ctx.save_for_backward(x, delta, rates, B, C, D, gate, initial, cu_seqlens, marks, ends, steps, through)
+        ctx.save_for_backward(x, delta, rates, B, C, D, gate, initial, chunks.table, chunks.begins, ends)
+        ctx.bounds = (chunks.tiles, chunks.several)
         return y, final.mT
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        x, delta, rates, B, C, D, gate, initial, cu_seqlens, marks, ends, steps, through = ctx.saved_tensors
+        x, delta, rates, B, C, D, gate, initial, table, begins, ends = ctx.saved_tensors
+        chunks = Chunks(table, begins, *ctx.bounds)
         dy, dfinal = upstream[0].contiguous(), channels_last(upstream[1])
-        launch = _Launch(x, delta, rates, B, C, initial, marks)
-        kept = rates.new_empty(triton.cdiv(len(x), TILE), *rates.shape)
+        launch = _Launch(x, delta, rates, B, C, chunks)
+        kept = rates.new_empty(chunks.tiles, *rates.shape)
         launch(kernels.tile_starts, **launch.driven, ends=ends, kept=kept)
-        entering = torch.zeros_like(ends)
-        if launch.chunks > 1:
-            launch(kernels.chunk_gradients, **launch.timed, **launch.gated(gate), dy=dy, dfinal=dfinal,
-                   cu_seqlens=cu_seqlens, entering=entering)  # fmt: skip
-            launch.carry(entering, steps, through, reverse=True)
+        entering, steps = launch.buffers()
+        if chunks.several:
+            launch(kernels.chunk_gradients, **launch.timed, **launch.gated(gate), dy=dy, entering=entering, steps=steps)
+        launch.carry(entering, steps, dfinal, reverse=True)
         dx, ddt, dgate = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, delta, gate))
-        # An empty segment's initial state is its final one; the kernel writes the others'.
+        # An empty document's initial state is its final one; the kernel writes the others'.
         dinitial = dfinal.clone()
         blocks = triton.cdiv(launch.channels, GRADIENT_BLOCK)
         dB, dC = (rates.new_empty(blocks, *B.shape) for _ in range(2))
-        drates, dD = rates.new_empty(ends.shape), rates.new_empty(steps.shape)
+        drates, dD = torch.empty_like(ends), torch.empty_like(steps)
         wanted = {"dx": dx, "ddt": ddt, "dgate": dgate, "dinitial": dinitial, "dB": dB, "dC": dC, "drates": drates}
         launch(kernels.gradients, **launch.driven, **launch.gated(gate), **launch.summed(), **wanted, D=D, dD=dD, dy=dy,
-               dfinal=dfinal, kept=kept, entering=entering, TERMS=TERMS[rates.dtype][1],
+               kept=kept, entering=entering, tokens=len(x), TERMS=TERMS[rates.dtype][1],
                block=GRADIENT_BLOCK)  # fmt: skip
         of_initial = None if initial is None else dinitial.sum_to_size(initial.shape).mT
         # The kernel's is the gradient of A, and rates are A * log2(e).
         of_rates = drates.sum(0).mT / math.log2(math.e)
-        return dx, ddt, of_rates, dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype), dD.sum(0), dgate, of_initial, None, None
+        of_bc = (dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype))
+        return dx, ddt, of_rates, *of_bc, dD.sum(0), dgate, of_initial, *(None for _ in chunks)
 
 
 def channels_last(states: Tensor) -> Tensor:
@@ -169,29 +183,21 @@ def channels_last(states: Tensor) -> Tensor:
 class _Launch:
     """What the kernels of one call share, by the names of their parameters."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        delta: Tensor,
-        rates: Tensor,
-        B: Tensor,
-        C: Tensor,
-        initial: Tensor | None,
-        marks: Tensor,
-    ) -> None:
-        self.tokens, (self.states, self.channels) = len(x), rates.shape
-        self.chunk, self.rates, self.marks = chunk_length(self.tokens), rates, marks
-        self.chunks = triton.cdiv(self.tokens, self.chunk)
-        filled = whole_tiles(self.tokens) - self.tokens
+    def __init__(self, x: Tensor, delta: Tensor, rates: Tensor, B: Tensor, C: Tensor, chunks: Chunks) -> None:
+        self.states, self.channels = rates.shape
+        self.rates, self.chunks = rates, chunks
         columns = triton.next_power_of_2(2 * self.states) - 2 * self.states
-        bc = F.pad(torch.cat([B, C], 1).to(rates.dtype), (0, columns, 0, filled))
+        bc = F.pad(torch.cat([B, C], 1).to(rates.dtype), (0, columns))
         self.timed = {"delta": delta, "bc": bc}
-        states = {"initial": initial, "GIVEN": initial is not None}
-        states["initial_row"] = int(initial is not None and len(initial) > 1)
-        self.driven = {**self.timed, "x": x, "x_row": x.stride(0), **states}
+        self.driven = {**self.timed, "x": x, "x_row": x.stride(0)}
 
     def gated(self, gate: Tensor) -> dict[str, Any]:
         return {"gate": gate, "gate_row": gate.stride(0)}
+
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        """For a state of each chunk, and for the sum of its time steps."""
+        chunks = len(self.chunks.table)
+        return self.rates.new_empty(chunks, *self.rates.shape), self.rates.new_empty(chunks, self.channels)
 
     def summed(self) -> dict[str, int]:
         """How the sums over a program's channels are laid out over its threads; see kernels.store_sums."""
@@ -203,19 +209,21 @@ class _Launch:
         }
 
     def __call__(self, kernel: Any, block: int | None = None, **arguments: Any) -> None:
-        if self.tokens:
-            block = block or BLOCK
-            grid = (triton.cdiv(self.channels, block), self.chunks)
-            kernel[grid](**arguments, **self._common(), TILE=TILE, BLOCK=block)
+        """Over blocks of channels and chunks."""
+        block, chunks = block or BLOCK, len(self.chunks.table)
+        if chunks:
+            grid = (triton.cdiv(self.channels, block), chunks)
+            kernel[grid](**arguments, **self._common(), table=self.chunks.table, TILE=TILE, BLOCK=block)
 
-    def carry(self, ends: Tensor, steps: Tensor, through: Tensor, reverse: bool) -> None:
-        grid = (triton.cdiv(self.channels, CARRIED), self.states)
-        kernels.carry[grid](
-            ends=ends, steps=steps, through=through, rates=self.rates, chunks=self.chunks, channels=self.channels,
-            GROUP=GROUP, BLOCK=CARRIED, STATES=self.states, REVERSE=reverse, num_warps=WARPS,
-        )  # fmt: skip
+    def carry(self, ends: Tensor, steps: Tensor, first: Tensor | None, reverse: bool) -> None:
+        documents = len(self.chunks.begins) - 1
+        if documents:
+            row = int(first is not None and len(first) > 1)
+            grid = (triton.cdiv(self.channels, CARRIED), self.states, documents)
+            kernels.carry[grid](
+                ends=ends, steps=steps, begins=self.chunks.begins, first=first, first_row=row, GIVEN=first is not None,
+                GROUP=GROUP, BLOCK=CARRIED, REVERSE=reverse, **self._common(),
+            )  # fmt: skip
 
     def _common(self) -> dict[str, Any]:
-        sizes = {"tokens": self.tokens, "channels": self.channels}
-        constants = {"CHUNK": self.chunk, "STATES": self.states, "num_warps": WARPS}
-        return {"rates": self.rates, "marks": self.marks, **sizes, **constants}
+        return {"rates": self.rates, "channels": self.channels, "STATES": self.states, "num_warps": WARPS}

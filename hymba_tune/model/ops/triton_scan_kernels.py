@@ -1,11 +1,12 @@
 """Selective scan of reference.py in Triton: the kernels that triton_scan.py launches and explains.
 
-A program computes BLOCK channels over one chunk of CHUNK tokens. A thread holds all states of its channel: they are a
-tuple of STATES vectors (BLOCK,), so that sums over states need no other thread, and only sums over channels do.
-Arrays of states lie as (.., STATES, channels) here. `bc` (T, a power of two) holds B, then C of each token, `delta` (T,
-channels) the time steps, softplus already taken. Tokens carry marks, segment * 4 + 2 (the segment's last) + 1 (its
-first); `bc` and `marks` are padded with zeros to whole tiles of TILE tokens. Rates are A * log2(e), so that a decay is
-one exp2. WIDE numbers (states, sums) are float32, or float64 for float64 input.
+A program computes BLOCK channels over one chunk of up to CHUNK tokens of one document. A thread holds all states of its
+channel: they are a tuple of STATES vectors (BLOCK,), so that sums over states need no other thread, and only sums over
+channels do. Arrays of states lie as (.., STATES, channels) here. `bc` (T, a power of two) holds B, then C of each
+token, `delta` (T, channels) the time steps, softplus already taken. `table` (chunks, COLUMNS) int64 says of a chunk:
+its first token, the token behind its last one, those of its document, the document, and its first tile of TILE tokens;
+unused chunks are empty. Rates are A * log2(e), so that a decay is one exp2. WIDE numbers (states, sums) are float32, or
+float64 for float64 input.
 """
 
 # Triton's language is compiled, not run: it has types of its own.
@@ -17,18 +18,26 @@ import triton.language as tl
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
+COLUMNS: tl.constexpr = tl.constexpr(6)
+
+
 @triton.jit
-def time_steps(dt, delta, elements, TERMS: tl.constexpr, SIZE: tl.constexpr):
-    """delta = log(1 + exp(dt)) by the series of atanh: the hardware's logarithm is too coarse near 1."""
-    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    z = tl.load(dt + i, mask=i < elements, other=0)
+def softplus(z, TERMS: tl.constexpr):
+    """log(1 + exp(z)) by the series of atanh: the hardware's logarithm is too coarse near 1, where small steps are."""
     u = tl.exp(-tl.abs(z))
     s = u / (2 + u)
     square = s * s
     series = square * 0 + 1.0 / (2 * TERMS + 1)
     for k in tl.static_range(TERMS):
         series = series * square + 1.0 / (2 * (TERMS - k) - 1)
-    tl.store(delta + i, tl.maximum(z, 0) + 2 * s * series, mask=i < elements)
+    return tl.maximum(z, 0) + 2 * s * series
+
+
+@triton.jit
+def time_steps(dt, delta, elements, TERMS: tl.constexpr, SIZE: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    z = tl.load(dt + i, mask=i < elements, other=0)
+    tl.store(delta + i, softplus(z, TERMS), mask=i < elements)
 
 
 @triton.jit
@@ -41,9 +50,9 @@ def step_gradient(delta, TERMS: tl.constexpr):
 
 
 @triton.jit
-def load_row(base, token, row, d, channels, tokens, WIDE: tl.constexpr):
-    """The channels `d` of a token's row, widened; zeros beyond the channels and tokens."""
-    return tl.load(base + token * row + d, mask=(d < channels) & (token < tokens), other=0).to(WIDE)
+def load_row(base, token, stop, row, d, channels, WIDE: tl.constexpr):
+    """The channels `d` of a token's row, widened; zeros beyond the channels and from `stop` on."""
+    return tl.load(base + token * row + d, mask=(d < channels) & (token < stop), other=0).to(WIDE)
 
 
 @triton.jit
@@ -69,20 +78,13 @@ def zero_states(like, STATES: tl.constexpr):
 
 
 @triton.jit
-def initial_state(base, segment, row, d, channels, like, STATES: tl.constexpr, GIVEN: tl.constexpr):
-    """The states before a segment; `row` is 0 where all segments share them, else 1."""
-    if GIVEN:
-        h = load_states(base, segment.to(tl.int64) * row, d, channels, STATES)
-    else:
-        h = zero_states(like, STATES)  # not a product with 0: a NaN of the document before must not get here
-    return h
+def load_bc(bc, token, stop, STATES: tl.constexpr):
+    """B and C of a token, one a thread: what `pick` takes from there needs no memory.
 
-
-@triton.jit
-def load_bc(bc, token, STATES: tl.constexpr):
-    """B and C of a token, one a thread: what `pick` takes from there needs no memory."""
+    From `stop` on it is the last token's, whose time step of 0 makes them count nothing.
+    """
     SIZE: tl.constexpr = triton.next_power_of_2(2 * STATES)
-    return tl.load(bc + token * SIZE + tl.arange(0, SIZE))
+    return tl.load(bc + tl.minimum(token, stop - 1) * SIZE + tl.arange(0, SIZE))
 
 
 @triton.jit
@@ -102,188 +104,179 @@ def advance(h, delta, drive, rate, row, STATES: tl.constexpr):
 
 @triton.jit
 def chunk_ends(
-    x, delta, rates, bc, marks, cu_seqlens, initial, ends, steps, through, tokens, channels, x_row, initial_row,
-    CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr, GIVEN: tl.constexpr,
+    x, delta, rates, bc, table, ends, steps, channels, x_row,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
     """The state after each chunk if the one before it were zeros, and the sum of its time steps: what `carry` joins.
 
-    Only the last segment of the chunk matters, and only if it goes on in the next chunk. `through` (chunks,) says
-    whether one segment is all of the chunk and began before it.
+    A document's last chunk has none to hand it on to.
     """
     WIDE: tl.constexpr = rates.dtype.element_ty
     chunk = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    first, stop = chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, tokens)
-    segment = tl.load(marks + stop - 1) >> 2
-    begin = tl.load(cu_seqlens + segment)
-    rate = load_states(rates, 0, d, channels, STATES)
-    total = tl.zeros((BLOCK,), WIDE)
-    h = zero_states(total, STATES)
-    if begin >= first:
-        h = initial_state(initial, segment, initial_row, d, channels, total, STATES, GIVEN)
-    start = tl.maximum(begin, first)
-    if tl.load(cu_seqlens + segment + 1) == stop:
-        start = stop
-    for tile in range(0, tl.cdiv(stop - start, TILE)):
-        deltas = ()
-        xs = ()
-        rows = ()
-        for i in tl.static_range(TILE):
-            t = start + tile * TILE + i
-            deltas = deltas + (load_row(delta, t, channels, d, channels, stop, WIDE),)
-            xs = xs + (load_row(x, t, x_row, d, channels, stop, WIDE),)
-            # Past the stop the time step is 0, which keeps the state.
-            rows = rows + (load_bc(bc, tl.minimum(t, stop - 1), STATES),)
-        for i in tl.static_range(TILE):
-            h = advance(h, deltas[i], deltas[i] * xs[i], rate, rows[i], STATES)
-            total += deltas[i]
-    store_states(ends, chunk, d, channels, h, STATES)
-    tl.store(through + chunk, (begin < first).to(tl.int32))
-    tl.store(steps + chunk * channels + d, total, mask=d < channels)
+    row = table + chunk * COLUMNS
+    start, stop, end = tl.load(row), tl.load(row + 1), tl.load(row + 3)
+    if stop < end:
+        rate = load_states(rates, 0, d, channels, STATES)
+        total = tl.zeros((BLOCK,), WIDE)
+        h = zero_states(total, STATES)
+        for tile in range(0, tl.cdiv(stop - start, TILE)):
+            deltas = ()
+            xs = ()
+            rows = ()
+            for i in tl.static_range(TILE):
+                t = start + tile * TILE + i
+                deltas = deltas + (load_row(delta, t, stop, channels, d, channels, WIDE),)
+                xs = xs + (load_row(x, t, stop, x_row, d, channels, WIDE),)
+                rows = rows + (load_bc(bc, t, stop, STATES),)
+            for i in tl.static_range(TILE):
+                h = advance(h, deltas[i], deltas[i] * xs[i], rate, rows[i], STATES)
+                total += deltas[i]
+        store_states(ends, chunk, d, channels, h, STATES)
+        tl.store(steps + chunk * channels + d, total, mask=d < channels)
 
 
 @triton.jit
 def carry(
-    ends, steps, through, rates, chunks, channels,
+    ends, steps, rates, begins, first, first_row, channels, GIVEN: tl.constexpr,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """In place, from what each chunk adds to what enters it: states from the left, or gradients from the right.
 
-    Chunks are loaded GROUP at a time, since each waits for the one before it.
+    A program follows one state of a document through its chunks, `begins[document]` to `begins[document + 1]`. What
+    enters the first one is `first` of the document (of all, where `first_row` is 0), or zeros. Chunks are loaded GROUP
+    at a time, since each waits for the one before it.
     """
     d, n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
+    document = tl.program_id(2).to(tl.int64)
+    begin, stop = tl.load(begins + document), tl.load(begins + document + 1)
     rate = tl.load(rates + n * channels + d, mask=d < channels, other=0)
     entering = tl.zeros_like(rate)
-    for group in range(0, tl.cdiv(chunks, GROUP)):
+    if GIVEN:
+        at = (document * first_row * STATES + n) * channels + d
+        entering = tl.load(first + at, mask=(d < channels) & (begin < stop), other=0)
+    for group in range(0, tl.cdiv(stop - begin, GROUP)):
         added = ()
         decays = ()
         for i in tl.static_range(GROUP):
-            chunk = tl.cast(group * GROUP + i, tl.int64)
+            chunk = begin + group * GROUP + i
             if REVERSE:
-                chunk = chunks - 1 - chunk
-            live = (d < channels) & (chunk >= 0) & (chunk < chunks)
+                chunk = stop - 1 - group * GROUP - i
+            live = (d < channels) & (chunk >= begin) & (chunk < stop)
             added = added + (tl.load(ends + (chunk * STATES + n) * channels + d, mask=live, other=0),)
-            decay = tl.exp2(tl.load(steps + chunk * channels + d, mask=live, other=0) * rate)
-            joined = tl.load(through + chunk, mask=(chunk >= 0) & (chunk < chunks), other=0)
-            decays = decays + (tl.where(joined != 0, decay, -1.0),)
+            decays = decays + (tl.exp2(tl.load(steps + chunk * channels + d, mask=live, other=0) * rate),)
         for i in tl.static_range(GROUP):
-            chunk = tl.cast(group * GROUP + i, tl.int64)
+            chunk = begin + group * GROUP + i
             if REVERSE:
-                chunk = chunks - 1 - chunk
-            live = (d < channels) & (chunk >= 0) & (chunk < chunks)
+                chunk = stop - 1 - group * GROUP - i
+            live = (d < channels) & (chunk >= begin) & (chunk < stop)
             tl.store(ends + (chunk * STATES + n) * channels + d, entering, mask=live)
-            # Not a product with 0: what a document did not write, NaN included, must not reach it.
-            entering = added[i] + tl.where(decays[i] < 0, 0.0, decays[i] * entering)
+            entering = added[i] + decays[i] * entering
 
 
 @triton.jit
 def outputs(
-    x, delta, rates, bc, D, gate, marks, initial, ends, y, final, tokens, channels, x_row, gate_row, initial_row,
-    CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr, GIVEN: tl.constexpr,
+    x, delta, rates, bc, D, gate, table, ends, y, final, channels, x_row, gate_row,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
     """y and the final states, from the states that enter the chunks."""
     WIDE: tl.constexpr = rates.dtype.element_ty
     chunk = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = table + chunk * COLUMNS
+    start, stop, end, document = tl.load(row), tl.load(row + 1), tl.load(row + 3), tl.load(row + 4)
     rate = load_states(rates, 0, d, channels, STATES)
     skip = tl.load(D + d, mask=d < channels, other=0)
     h = load_states(ends, chunk, d, channels, STATES)
-    for tile in range(0, tl.cdiv(tl.minimum(CHUNK, tokens - chunk * CHUNK), TILE)):
-        start = chunk * CHUNK + tile * TILE
+    for tile in range(0, tl.cdiv(stop - start, TILE)):
         deltas = ()
         xs = ()
         gates = ()
         rows = ()
         # The loads of a tile come before its stores, so that they overlap.
         for i in tl.static_range(TILE):
-            deltas = deltas + (load_row(delta, start + i, channels, d, channels, tokens, WIDE),)
-            xs = xs + (load_row(x, start + i, x_row, d, channels, tokens, WIDE),)
-            gates = gates + (load_row(gate, start + i, gate_row, d, channels, tokens, WIDE),)
-            rows = rows + (load_bc(bc, start + i, STATES),)
+            t = start + tile * TILE + i
+            deltas = deltas + (load_row(delta, t, stop, channels, d, channels, WIDE),)
+            xs = xs + (load_row(x, t, stop, x_row, d, channels, WIDE),)
+            gates = gates + (load_row(gate, t, stop, gate_row, d, channels, WIDE),)
+            rows = rows + (load_bc(bc, t, stop, STATES),)
         for i in tl.static_range(TILE):
-            t = start + i
-            mark = tl.load(marks + t)
-            if mark & 1:
-                h = initial_state(initial, mark >> 2, initial_row, d, channels, skip, STATES, GIVEN)
+            t = start + tile * TILE + i
             h = advance(h, deltas[i], deltas[i] * xs[i], rate, rows[i], STATES)
             v = skip * xs[i]
             for n in tl.static_range(STATES):
                 v += h[n] * pick(rows[i], STATES + n, v)
             out = v * gates[i] * tl.sigmoid(gates[i])
-            tl.store(y + t * channels + d, out.to(y.dtype.element_ty), mask=(d < channels) & (t < tokens))
-            if mark & 2:
-                store_states(final, (mark >> 2).to(tl.int64), d, channels, h, STATES)
+            tl.store(y + t * channels + d, out.to(y.dtype.element_ty), mask=(d < channels) & (t < stop))
+    if (start < stop) & (stop == end):
+        store_states(final, document, d, channels, h, STATES)
 
 
 @triton.jit
 def tile_starts(
-    x, delta, rates, bc, marks, initial, ends, kept, tokens, channels, x_row, initial_row,
-    CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr, GIVEN: tl.constexpr,
+    x, delta, rates, bc, table, ends, kept, channels, x_row,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
-    """The states before every TILE-th token, from those that enter the chunks: what `gradients` starts from."""
+    """The states before every tile, from those that enter the chunks: what `gradients` starts from."""
     WIDE: tl.constexpr = rates.dtype.element_ty
     chunk = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = table + chunk * COLUMNS
+    start, stop, first_tile = tl.load(row), tl.load(row + 1), tl.load(row + 5)
     rate = load_states(rates, 0, d, channels, STATES)
     h = load_states(ends, chunk, d, channels, STATES)
-    for tile in range(0, tl.cdiv(tl.minimum(CHUNK, tokens - chunk * CHUNK), TILE)):
-        start = chunk * CHUNK + tile * TILE
+    for tile in range(0, tl.cdiv(stop - start, TILE)):
         deltas = ()
         xs = ()
         rows = ()
         for i in tl.static_range(TILE):
-            deltas = deltas + (load_row(delta, start + i, channels, d, channels, tokens, WIDE),)
-            xs = xs + (load_row(x, start + i, x_row, d, channels, tokens, WIDE),)
-            rows = rows + (load_bc(bc, start + i, STATES),)
-        store_states(kept, start // TILE, d, channels, h, STATES)
+            t = start + tile * TILE + i
+            deltas = deltas + (load_row(delta, t, stop, channels, d, channels, WIDE),)
+            xs = xs + (load_row(x, t, stop, x_row, d, channels, WIDE),)
+            rows = rows + (load_bc(bc, t, stop, STATES),)
+        store_states(kept, first_tile + tile, d, channels, h, STATES)
         for i in tl.static_range(TILE):
-            mark = tl.load(marks + start + i)
-            if mark & 1:
-                h = initial_state(initial, mark >> 2, initial_row, d, channels, xs[i], STATES, GIVEN)
             h = advance(h, deltas[i], deltas[i] * xs[i], rate, rows[i], STATES)
 
 
 @triton.jit
 def chunk_gradients(
-    delta, rates, bc, gate, dy, dfinal, marks, cu_seqlens, entering, tokens, channels, gate_row,
-    CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr,
+    delta, rates, bc, gate, dy, table, entering, steps, channels, gate_row,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the states before each chunk if that of the states after it were zeros.
+    """The gradient of the states before each chunk if that of the states after it were zeros, and its time steps.
 
-    Only the first segment of the chunk matters, and only if it began before.
+    A document's first chunk has none to hand it on to.
     """
     WIDE: tl.constexpr = rates.dtype.element_ty
     chunk = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    first, stop = chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, tokens)
-    mark = tl.load(marks + first)
-    segment_end = tl.load(cu_seqlens + (mark >> 2) + 1)
-    rate = load_states(rates, 0, d, channels, STATES)
-    g = zero_states(rate[0], STATES)
-    end = tl.minimum(segment_end, stop)
-    if mark & 1:
-        end = first
-    if end == segment_end:
-        g = load_states(dfinal, (mark >> 2).to(tl.int64), d, channels, STATES)
-    for tile in range(0, tl.cdiv(end - first, TILE)):
-        deltas = ()
-        upstream = ()
-        rows = ()
-        for i in tl.static_range(TILE):
-            t = end - 1 - tile * TILE - i
-            # Before the chunk the time step is 0 and nothing comes from upstream, which keeps the gradient.
-            at = tl.where(t < first, tokens, t)
-            deltas = deltas + (load_row(delta, at, channels, d, channels, tokens, WIDE),)
-            z = load_row(gate, at, gate_row, d, channels, tokens, WIDE)
-            upstream = upstream + (load_row(dy, at, channels, d, channels, tokens, WIDE) * z * tl.sigmoid(z),)
-            rows = rows + (load_bc(bc, tl.maximum(t, first), STATES),)
-        for i in tl.static_range(TILE):
-            before = ()
-            for n in tl.static_range(STATES):
-                c = pick(rows[i], STATES + n, upstream[i])
-                before = before + (tl.exp2(deltas[i] * rate[n]) * (g[n] + upstream[i] * c),)
-            g = before
-    store_states(entering, chunk, d, channels, g, STATES)
+    row = table + chunk * COLUMNS
+    start, stop, begin = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    if begin < start:
+        rate = load_states(rates, 0, d, channels, STATES)
+        total = tl.zeros((BLOCK,), WIDE)
+        g = zero_states(total, STATES)
+        tiles = tl.cdiv(stop - start, TILE)
+        for k in range(0, tiles):
+            deltas = ()
+            upstream = ()
+            rows = ()
+            for i in tl.static_range(TILE):
+                t = start + (tiles - 1 - k) * TILE + i
+                deltas = deltas + (load_row(delta, t, stop, channels, d, channels, WIDE),)
+                z = load_row(gate, t, stop, gate_row, d, channels, WIDE)
+                upstream = upstream + (load_row(dy, t, stop, channels, d, channels, WIDE) * z * tl.sigmoid(z),)
+                rows = rows + (load_bc(bc, t, stop, STATES),)
+            for i in tl.static_range(TILE - 1, -1, -1):
+                before = ()
+                for n in tl.static_range(STATES):
+                    c = pick(rows[i], STATES + n, total)
+                    before = before + (tl.exp2(deltas[i] * rate[n]) * (g[n] + upstream[i] * c),)
+                g = before
+                total += deltas[i]
+        store_states(entering, chunk, d, channels, g, STATES)
+        tl.store(steps + chunk * channels + d, total, mask=d < channels)
 
 
 @triton.jit
@@ -323,9 +316,9 @@ def store_sums(base, values, lane, live, STATES: tl.constexpr, WIDTH: tl.constex
 
 @triton.jit
 def gradients(
-    x, delta, rates, bc, D, gate, dy, dfinal, marks, initial, kept, entering,
-    dx, ddt, dgate, dinitial, dB, dC, drates, dD, tokens, channels, x_row, gate_row, initial_row,
-    CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr, GIVEN: tl.constexpr,
+    x, delta, rates, bc, D, gate, dy, table, kept, entering,
+    dx, ddt, dgate, dinitial, dB, dC, drates, dD, tokens, channels, x_row, gate_row,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr,
     WIDTH: tl.constexpr, HALVINGS: tl.constexpr, EXCHANGES: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
     """Every gradient. dB, dC (blocks, T, STATES), drates and dD (chunks, ..) are partial sums, one a program.
@@ -337,34 +330,35 @@ def gradients(
     block = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     d = block * BLOCK + lane
+    row = table + chunk * COLUMNS
+    start, stop, begin = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    document, first_tile = tl.load(row + 4), tl.load(row + 5)
     rate = load_states(rates, 0, d, channels, STATES)
     skip = tl.load(D + d, mask=d < channels, other=0)
     sum_D = tl.zeros((BLOCK,), WIDE)
     sum_rates = zero_states(sum_D, STATES)
     g = load_states(entering, chunk, d, channels, STATES)
-    tiles = tl.cdiv(tl.minimum(CHUNK, tokens - chunk * CHUNK), TILE)
+    tiles = tl.cdiv(stop - start, TILE)
     for k in range(0, tiles):
-        start = chunk * CHUNK + (tiles - 1 - k) * TILE
-        h = load_states(kept, start // TILE, d, channels, STATES)
+        tile = tiles - 1 - k
+        h = load_states(kept, first_tile + tile, d, channels, STATES)
         deltas = ()
         xs = ()
         gates = ()
         dys = ()
         rows = ()
         for i in tl.static_range(TILE):
-            deltas = deltas + (load_row(delta, start + i, channels, d, channels, tokens, WIDE),)
-            xs = xs + (load_row(x, start + i, x_row, d, channels, tokens, WIDE),)
-            gates = gates + (load_row(gate, start + i, gate_row, d, channels, tokens, WIDE),)
-            dys = dys + (load_row(dy, start + i, channels, d, channels, tokens, WIDE),)
-            rows = rows + (load_bc(bc, start + i, STATES),)
+            t = start + tile * TILE + i
+            deltas = deltas + (load_row(delta, t, stop, channels, d, channels, WIDE),)
+            xs = xs + (load_row(x, t, stop, x_row, d, channels, WIDE),)
+            gates = gates + (load_row(gate, t, stop, gate_row, d, channels, WIDE),)
+            dys = dys + (load_row(dy, t, stop, channels, d, channels, WIDE),)
+            rows = rows + (load_bc(bc, t, stop, STATES),)
         decays = ()
         decayed = ()
         dvs = ()
         for i in tl.static_range(TILE):
-            t = start + i
-            mark = tl.load(marks + t)
-            if mark & 1:
-                h = initial_state(initial, mark >> 2, initial_row, d, channels, skip, STATES, GIVEN)
+            t = start + tile * TILE + i
             drive = deltas[i] * xs[i]
             after = ()
             for n in tl.static_range(STATES):
@@ -379,7 +373,7 @@ def gradients(
             sigmoid = tl.sigmoid(gates[i])
             dvs = dvs + (dys[i] * gates[i] * sigmoid,)
             dz = dys[i] * v * sigmoid * (1 + gates[i] * (1 - sigmoid))
-            live = t < tokens
+            live = t < stop
             tl.store(dgate + t * channels + d, dz.to(dgate.dtype.element_ty), mask=(d < channels) & live)
             products = ()
             for n in tl.static_range(STATES):
@@ -388,12 +382,9 @@ def gradients(
         # Read again: kept from above, what was picked from the rows would fill more registers than there are.
         rows = ()
         for i in tl.static_range(TILE):
-            rows = rows + (load_bc(bc, start + i, STATES),)
+            rows = rows + (load_bc(bc, start + tile * TILE + i, stop, STATES),)
         for i in tl.static_range(TILE - 1, -1, -1):
-            t = start + i
-            mark = tl.load(marks + t)
-            if mark & 2:
-                g = load_states(dfinal, (mark >> 2).to(tl.int64), d, channels, STATES)
+            t = start + tile * TILE + i
             drive = deltas[i] * xs[i]
             ddrive = tl.zeros_like(skip)
             by_rate = tl.zeros_like(skip)
@@ -411,14 +402,14 @@ def gradients(
             g = before
             sum_rates = sums
             sum_D += dvs[i] * xs[i]
-            live = t < tokens
+            live = t < stop
+            inside = (d < channels) & live
             du = ddrive * deltas[i] + skip * dvs[i]
             ddelta = by_rate * LN2 + ddrive * xs[i]
-            tl.store(dx + t * channels + d, du.to(dx.dtype.element_ty), mask=(d < channels) & live)
-            tl.store(ddt + t * channels + d, ddelta * step_gradient(deltas[i], TERMS), mask=(d < channels) & live)
+            tl.store(dx + t * channels + d, du.to(dx.dtype.element_ty), mask=inside)
+            tl.store(ddt + t * channels + d, ddelta * step_gradient(deltas[i], TERMS), mask=inside)
             store_sums(dB + (block * tokens + t) * STATES, products, lane, live, STATES, WIDTH, HALVINGS, EXCHANGES)
-            if GIVEN:
-                if mark & 1:
-                    store_states(dinitial, (mark >> 2).to(tl.int64), d, channels, g, STATES)
+    if (start < stop) & (start == begin):
+        store_states(dinitial, document, d, channels, g, STATES)
     store_states(drates, chunk, d, channels, sum_rates, STATES)
     tl.store(dD + chunk * channels + d, sum_D, mask=d < channels)
