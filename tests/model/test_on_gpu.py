@@ -25,7 +25,7 @@ FLOAT32, BFLOAT16 = 1e-3, 0.15
 
 @pytest.fixture(scope="module")
 def reference_model() -> HymbaForCausalLM:
-    wide = {"hidden_size": 80, "intermediate_size": 96, "num_attention_heads": 5, "v_head_dim": 32}
+    wide: dict[str, Any] = {"hidden_size": 80, "intermediate_size": 96, "num_attention_heads": 5, "v_head_dim": 32}
     return random_model(tiny_config(**wide, mamba_d_state=16, sliding_window=50, num_memory_tokens=20))
 
 
@@ -43,7 +43,8 @@ def error(found: Tensor, wanted: Tensor) -> float:
 
 
 def on_gpu(model: HymbaForCausalLM) -> Any:
-    return copy.deepcopy(model).to("cuda", torch.float32)
+    copied: Any = copy.deepcopy(model)
+    return copied.to("cuda", torch.float32)
 
 
 def loss_and_gradients(model: Any, batch: dict[str, Tensor], device: str, **autocast: Any) -> dict[str, Tensor]:

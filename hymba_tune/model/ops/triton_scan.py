@@ -164,7 +164,15 @@ class _SelectiveScan(torch.autograd.Function):
         blocks = triton.cdiv(launch.channels, GRADIENT_BLOCK)
         dB, dC = (rates.new_empty(blocks, *B.shape) for _ in range(2))
         drates, dD = torch.empty_like(ends), torch.empty_like(steps)
-        wanted = {"dx": dx, "ddt": ddt, "dgate": dgate, "dinitial": dinitial, "dB": dB, "dC": dC, "drates": drates}
+        wanted: dict[str, Any] = {
+            "dx": dx,
+            "ddt": ddt,
+            "dgate": dgate,
+            "dinitial": dinitial,
+            "dB": dB,
+            "dC": dC,
+            "drates": drates,
+        }
         launch(kernels.gradients, **launch.driven, **launch.gated(gate), **launch.summed(), **wanted, D=D, dD=dD, dy=dy,
                kept=kept, entering=entering, tokens=len(x), TERMS=TERMS[rates.dtype][1],
                block=GRADIENT_BLOCK)  # fmt: skip
@@ -188,8 +196,8 @@ class _Launch:
         self.rates, self.chunks = rates, chunks
         columns = triton.next_power_of_2(2 * self.states) - 2 * self.states
         bc = F.pad(torch.cat([B, C], 1).to(rates.dtype), (0, columns))
-        self.timed = {"delta": delta, "bc": bc}
-        self.driven = {**self.timed, "x": x, "x_row": x.stride(0)}
+        self.timed: dict[str, Any] = {"delta": delta, "bc": bc}
+        self.driven: dict[str, Any] = {**self.timed, "x": x, "x_row": x.stride(0)}
 
     def gated(self, gate: Tensor) -> dict[str, Any]:
         return {"gate": gate, "gate_row": gate.stride(0)}
