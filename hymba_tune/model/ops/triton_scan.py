@@ -36,8 +36,9 @@ TILE = 4
 STEPS, CARRIED, GROUP = 1024, 32, 8
 # Enough chunks of a long document to fill the GPU, few enough for the serial pass over them.
 CHUNKS, SHORTEST_CHUNK, LONGEST_CHUNK = 64, 16, 256
-# Terms of the series in softplus and its derivative that reach the precision of the type.
-TERMS = {torch.float32: (8, 7), torch.float64: (18, 13)}
+# Terms of the series in softplus, and of that in its derivative, that reach the precision of the type.
+TERMS = {torch.float32: 8, torch.float64: 18}
+DERIVATIVE_TERMS = {torch.float32: 7, torch.float64: 13}
 
 
 def selective_scan(
@@ -127,7 +128,7 @@ class _SelectiveScan(torch.autograd.Function):
         delta = torch.empty(dt.shape, dtype=dt.dtype, device=dt.device)
         if dt.numel():
             kernels.time_steps[(triton.cdiv(dt.numel(), STEPS),)](
-                dt=dt.contiguous(), delta=delta, elements=dt.numel(), TERMS=TERMS[dt.dtype][0], SIZE=STEPS
+                dt=dt.contiguous(), delta=delta, elements=dt.numel(), TERMS=TERMS[dt.dtype], SIZE=STEPS
             )
         launch = _Launch(x, delta, rates, B, C, chunks)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -174,7 +175,7 @@ class _SelectiveScan(torch.autograd.Function):
             "drates": drates,
         }
         launch(kernels.gradients, **launch.driven, **launch.gated(gate), **launch.summed(), **wanted, D=D, dD=dD, dy=dy,
-               kept=kept, entering=entering, tokens=len(x), TERMS=TERMS[rates.dtype][1],
+               kept=kept, entering=entering, tokens=len(x), TERMS=DERIVATIVE_TERMS[rates.dtype],
                block=GRADIENT_BLOCK)  # fmt: skip
         of_initial = None if initial is None else dinitial.sum_to_size(initial.shape).mT
         # The kernel's is the gradient of A, and rates are A * log2(e).
