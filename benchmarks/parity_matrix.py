@@ -2,14 +2,16 @@
 
     python -m benchmarks.parity_matrix [METHOD...]
 
-METHOD: sft, dora or dpo; all without. Each trains the small model a few steps of four rows, in one process and in two
-under each configuration of SHARINGS. What was measured is written after every cell. Needs DeepSpeed, g++ and ninja.
+METHOD: those of METHODS; all without. Each trains the small model a few steps of four rows, in one process and in two
+under each configuration of SHARINGS. What was measured is written after every cell, and in the end all cells that were
+ever measured as the table of docs/distributed.md. Needs DeepSpeed, g++ and ninja.
 
     loss        the largest difference of a step's loss
     weights     the norm of the difference of all trained weights, as a share of the norm of how far training moved them
-                (of an adapter: of its weights)
+                (of an adapter: of its matrices B, which start at zero)
 
-ZeRO-3 keeps parameters below a threshold whole in every process, and so all of a small model: here it is 0.
+One process keeps activations; two recompute them where the method says so. ZeRO-3 keeps parameters below a threshold
+whole in every process, and so all of a small model: here it is 0.
 """
 
 from __future__ import annotations
@@ -26,43 +28,53 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from benchmarks.record import write_result
+from benchmarks.record import RESULTS, write_result
 from hymba_tune.errors import UserError
 from hymba_tune.launch import RankFailed
-from hymba_tune.recipe import Recipe, load_recipe
+from hymba_tune.paths import REPOSITORY
+from hymba_tune.recipe import load_recipe
 from hymba_tune.run_dir import RunDir
 from hymba_tune.stage import run_stage
 from hymba_tune.tiny import tiny_path
 from hymba_tune.topology import find_config
 
 STEPS, ROWS = 4, 4
-SHARINGS = ("zero3", "ddp", "zero2", "zero1")
+SHARINGS = ("ddp", "zero1", "zero2", "zero3", "zero3_offload")
+SHARDED = ("zero3", "zero3_offload")
+_DORA = {"adapter": {"type": "dora", "r": 4, "alpha": 8}}
+_RECOMPUTED = {"gradient_checkpointing": True}
 METHODS: dict[str, dict[str, Any]] = {
     "sft": {},
-    "dora": {"adapter": {"type": "dora", "r": 4, "alpha": 8}},
-    "dpo": {"method": "dpo"},
+    "sft_recomputed": {"trainer": _RECOMPUTED},
+    "dora": _DORA,
+    "dora_recomputed": {**_DORA, "trainer": _RECOMPUTED},
+    "dpo": {"method": "dpo", "trainer": {"learning_rate": 1e-4}},
+    "dpo_dora": {"method": "dpo", **_DORA},
 }
+TABLE = REPOSITORY / "docs" / "distributed.md"
 
 
 def main() -> None:
     figures: dict[str, Any] = {}
+    if sys.argv[1:]:
+        figures = json.loads((RESULTS / "parity_matrix.json").read_text(encoding="utf-8"))["figures"]["cells"]
     with TemporaryDirectory() as name:
         folder = Path(name)
         write_data(folder)
         for method in sys.argv[1:] or METHODS:
             alone = train(folder, method, "single")
             for sharing in SHARINGS:
-                cell: dict[str, Any]
-                try:
-                    cell = difference(alone, train(folder, method, sharing))
-                except (
-                    UserError,
-                    RankFailed,
-                ) as error:  # a finding; anything else is a mistake here
-                    cell = {"error": f"{type(error).__name__}: {error}"}
-                figures[f"{method} {sharing}"] = cell
+                figures[f"{method} {sharing}"] = measured(folder, method, sharing, alone)
                 write_result("parity_matrix", {"steps": STEPS, "rows_a_step": ROWS, "processes": 2, "cells": figures})
-    print(table(figures))
+    write_table(figures)
+
+
+def measured(folder: Path, method: str, sharing: str, alone: RunDir) -> dict[str, Any]:
+    """A cell. An error that a user would see is a finding; any other is a mistake here."""
+    try:
+        return difference(alone, train(folder, method, sharing))
+    except (UserError, RankFailed) as error:
+        return {"error": f"{type(error).__name__}: {error}"}
 
 
 def write_data(folder: Path) -> None:
@@ -79,15 +91,25 @@ def write_data(folder: Path) -> None:
         source = {"path": f"{name}.jsonl", "format": form, "licence": "MIT"}
         mix = {"sources": {"own": source}} | ({"kind": kind} if kind == "preferences" else {})
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(mix), encoding="utf-8")
+    for sharing in SHARDED:
+        _write_sharded(folder, sharing)
+
+
+def _write_sharded(folder: Path, sharing: str) -> None:
+    """A shipped ZeRO-3 configuration with a threshold of 0; accelerate takes that from a DeepSpeed file alone."""
+    shipped = yaml.safe_load(find_config(sharing).read_text(encoding="utf-8"))
+    section = shipped["deepspeed_config"]
+    devices = {part: {"device": section[f"offload_{part}_device"]} for part in ("optimizer", "param")}
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, **{f"offload_{k}": v for k, v in devices.items()}}
     automatic = ("gradient_accumulation_steps", "train_micro_batch_size_per_gpu", "train_batch_size")
-    settings = dict.fromkeys(automatic, "auto") | {
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-    }
-    (folder / "zero3.json").write_text(json.dumps(settings), encoding="utf-8")
-    shipped = yaml.safe_load(find_config("zero3").read_text(encoding="utf-8"))
+    settings = dict.fromkeys(automatic, "auto") | {"zero_optimization": zero}
+    (folder / f"{sharing}.json").write_text(json.dumps(settings), encoding="utf-8")
     del shipped["mixed_precision"]  # accelerate wants it in DeepSpeed's own file
-    shipped["deepspeed_config"] = {"deepspeed_config_file": str(folder / "zero3.json"), "zero3_init_flag": False}
-    (folder / "sharded.yaml").write_text(yaml.safe_dump(shipped), encoding="utf-8")
+    shipped["deepspeed_config"] = {
+        "deepspeed_config_file": str(folder / f"{sharing}.json"),
+        "zero3_init_flag": section["zero3_init_flag"],
+    }
+    (folder / f"sharded-{sharing}.yaml").write_text(yaml.safe_dump(shipped), encoding="utf-8")
 
 
 def _said(role: str, text: str) -> list[dict[str, str]]:
@@ -98,26 +120,29 @@ def train(folder: Path, method: str, sharing: str) -> RunDir:
     """A run of `method` under `sharing`, in two processes but for `single`."""
     path = folder / f"{method}-{sharing}.yaml"
     path.write_text(yaml.safe_dump(recipe_of(folder, method, sharing)), encoding="utf-8")
-    recipe: Recipe = load_recipe(path)
-    return run_stage(recipe)
+    return run_stage(load_recipe(path))
 
 
 def recipe_of(folder: Path, method: str, sharing: str) -> dict[str, Any]:
     settings = {"method": "sft", **METHODS[method]}
-    config = str(folder / "sharded.yaml") if sharing == "zero3" else sharing
+    config = str(folder / f"sharded-{sharing}.yaml") if sharing in SHARDED else sharing
+    trainer = {
+        "learning_rate": 1e-3, "global_batch": ROWS, "per_device_train_batch_size": ROWS // 2, "max_steps": STEPS,
+        "logging_steps": 1, "lr_scheduler_type": "constant", "gradient_checkpointing": False,
+        **settings.pop("trainer", {}),
+    }  # fmt: skip
+    if sharing == "single":
+        trainer["gradient_checkpointing"] = False
     return {
         **settings,
         "stage": f"{method}-{sharing}",
         "model": {"from": str(folder / "start"), "dtype": "float32"},
         "data": {"mix": str(folder / f"{settings['method']}.yaml"), "max_length": 128, "packing": "none"},
-        "trainer": {
-            "learning_rate": 1e-3, "global_batch": ROWS, "per_device_train_batch_size": ROWS // 2, "max_steps": STEPS,
-            "logging_steps": 1, "lr_scheduler_type": "constant", "gradient_checkpointing": False,
-        },
+        "trainer": trainer,
         "launch": {"config": config, "processes": 1 if sharing == "single" else 2},
         "eval": {"suites": []},
         "output": {"dir": str(folder / f"run-{method}-{sharing}")},
-    }  # fmt: skip
+    }
 
 
 def difference(alone: RunDir, together: RunDir) -> dict[str, float]:
@@ -141,34 +166,42 @@ def weights(run: RunDir) -> dict[str, torch.Tensor]:
 
 
 def start(run: RunDir) -> dict[str, torch.Tensor]:
-    """What a full training began with; nothing for an adapter, whose own norm is the measure."""
+    """What a full training began with; of an adapter nothing."""
     return {} if run.adapter.exists() else load_file(run.path.with_name("start") / "model.safetensors")
 
 
 def _share(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor], begun: dict[str, torch.Tensor]) -> float:
     assert one.keys() == two.keys(), f"other weights: {sorted(one.keys() ^ two.keys())}"
-    apart = math.fsum(float((one[name].double() - two[name].double()).square().sum()) for name in one)
+    apart = math.fsum(_square(one[name], two[name]) for name in one)
     moved = math.fsum(
-        float((value.double() - begun[name].double() if name in begun else value.double()).square().sum())
+        _square(value, begun[name] if begun else torch.zeros_like(value))
         for name, value in one.items()
+        if begun or "lora_B" in name
     )
     return math.sqrt(apart / moved)
 
 
-def table(figures: dict[str, Any]) -> str:
-    """The cells as Markdown: a method a line, a configuration a column."""
-    methods = list(dict.fromkeys(name.split()[0] for name in figures))
-    lines = ["| | " + " | ".join(SHARINGS) + " |", "|---" * (len(SHARINGS) + 1) + "|"]
-    for method in methods:
-        cells = [figures.get(f"{method} {sharing}", {}) for sharing in SHARINGS]
-        lines.append(f"| {method} | " + " | ".join(map(_cell, cells)) + " |")
-    return "\n".join(lines)
+def _square(one: torch.Tensor, two: torch.Tensor) -> float:
+    return float((one.double() - two.double()).square().sum())
 
 
-def _cell(cell: dict[str, Any]) -> str:
-    if "error" in cell:
-        return "failed"
-    return f"{cell['loss']:.1e}, {cell['weights']:.1e}" if cell else "not measured"
+def write_table(figures: dict[str, Any]) -> None:
+    """The cells as Markdown, a method a line and a configuration a column, in place of the table that is there."""
+    lines = [f"| loss, weights | {' | '.join(SHARINGS)} |", "|---" + "|---:" * len(SHARINGS) + "|"]
+    for method in METHODS:
+        cells = [_cell(figures.get(f"{method} {sharing}")) for sharing in SHARINGS]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    text = TABLE.read_text(encoding="utf-8")
+    before, _, rest = text.partition("<!-- parity -->\n")
+    _, _, after = rest.partition("<!-- end of parity -->")
+    table = "\n".join(lines)
+    TABLE.write_text(f"{before}<!-- parity -->\n{table}\n<!-- end of parity -->{after}", encoding="utf-8")
+
+
+def _cell(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return "not measured"
+    return "failed" if "error" in cell else f"{cell['loss']:.1e}, {cell['weights']:.1e}"
 
 
 if __name__ == "__main__":

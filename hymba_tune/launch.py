@@ -16,9 +16,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hymba_tune.errors import UserError
 from hymba_tune.machines import Alone, Failure, PartnerEnded, Partners
@@ -185,7 +187,11 @@ def _failures(reports: Path, code: int) -> list[Failure]:
     hosts = [json.loads(path.read_text(encoding="utf-8")) for path in reports.glob("host-*.json")]
     ranks = [json.loads(path.read_text(encoding="utf-8")) for path in reports.glob("rank-*.json")]
     failures = [_killed(int(rank), code, reports) for host in hosts for rank, code in host["exit_codes"].items()]
-    for left in (*ranks, *(host for host in hosts if "message" in host)):
+    hung = [rank for rank in ranks if "hang" in rank]
+    if hung:
+        failures.append(Failure(min(rank["time"] for rank in hung), _hang(hung, reports), user_error=True))
+    failed = [rank for rank in ranks if "hang" not in rank]
+    for left in (*failed, *(host for host in hosts if "message" in host)):
         where = f"rank {left['rank']} ({reports / 'rank-'}{left['rank']}.log)" if "rank" in left else "the launcher"
         message = left["message"] if left["user_error"] else f"{left['type']} in {where}: {left['message']}"
         failures.append(Failure(left.get("time", math.inf), message, left["user_error"]))
@@ -203,3 +209,23 @@ def _killed(rank: int, code: int, reports: Path) -> Failure | None:
     return Failure(
         0, f"rank {rank} was ended by {name}{hint if name == 'SIGKILL' else ''}; logs in {reports}", user_error=True
     )
+
+
+def _hang(hung: Sequence[Mapping[str, Any]], reports: Path) -> str:
+    """Where each rank waits: that of the fewest first, who as a rule keep the others waiting."""
+    places: dict[str, list[int]] = {}
+    for rank in hung:
+        places.setdefault(f"after step {rank['step']} in {rank['hang']}", []).append(rank["rank"])
+    silent = sorted({*range(hung[0]["processes"])} - {rank["rank"] for rank in hung})
+    if silent:
+        places["silent (stopped, or its machine is)"] = silent
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(min(rank["since"] for rank in hung)))
+    told = [f"{_named(ranks)} {place}" for place, ranks in sorted(places.items(), key=lambda item: len(item[1]))]
+    return (
+        f"training: no step since {since}: {'; '.join(told)}. Each one's stack lies in {reports}; if a step takes that "
+        "long, raise launch.step_timeout"
+    )
+
+
+def _named(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, sorted(ranks)))}"

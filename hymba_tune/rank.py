@@ -4,7 +4,8 @@
     python -m hymba_tune.rank work REPORTS FUNCTION ARGUMENTS  runs FUNCTION (module:name) on text arguments
 
 Each dies with the process that started it, however that one ends. Ranks other than 0 write what they print to
-REPORTS/rank-N.log; a rank that fails leaves REPORTS/rank-N.json, with its error and when it came.
+REPORTS/rank-N.log; a rank that fails leaves REPORTS/rank-N.json, with its error and when it came, and one that hangs
+with where it is.
 """
 
 from __future__ import annotations
@@ -84,6 +85,17 @@ def report_failure(reports: Path, error: BaseException) -> None:
     with (reports / f"rank-{rank}.log").open("a", encoding="utf-8") as file:
         file.write("".join(traceback.format_exception(error)))
     _write(reports / f"rank-{rank}.json", {"rank": rank, "time": time.time(), **_described(error)})
+
+
+def report_hang(reports: Path, step: int, since: float, stack: traceback.StackSummary) -> None:
+    """Leave in the reports that this rank has waited since a time (Unix seconds) after a step, and its whole stack."""
+    rank, place = int(os.environ.get("RANK", "0")), stack[-1]
+    with (reports / f"rank-{rank}.log").open("a", encoding="utf-8") as file:
+        file.write("".join(["no step any more; this process is here:\n", *stack.format()]))
+    where = f"{place.filename}:{place.lineno} ({place.name})"
+    processes = int(os.environ["WORLD_SIZE"])
+    left = {"rank": rank, "time": time.time(), "hang": where, "step": step, "since": since, "processes": processes}
+    _write(reports / f"rank-{rank}.json", left)
 
 
 def _described(error: BaseException) -> dict[str, Any]:

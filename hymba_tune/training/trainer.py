@@ -173,6 +173,7 @@ def run_training(trainer: Any, recipe: Recipe, run: RunDir) -> None:
     if recipe.adapter is not None:
         trainer.add_callback(AdapterAudit())
     last = last_whole_checkpoint(run.checkpoints)
+    watchdog.start()
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     finally:

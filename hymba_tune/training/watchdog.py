@@ -12,34 +12,39 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hymba_tune.errors import UserError
-from hymba_tune.rank import REPORTS, report_failure
+from hymba_tune.rank import REPORTS, report_hang
 
-# How often it looks, as a share of the time it grants.
-_LOOKS = 20
+LOOK_SECONDS = 1.0
+"""How often it looks."""
+PATIENCE_SECONDS = 30.0
+"""How long it waits for what other processes have to say: their last step may have ended a little later."""
 
 
 class StepWatchdog(TrainerCallback):
     """Ends this process where no step, evaluation batch or checkpoint was finished for `minutes`.
 
-    It says so where launch.py collects errors, with the line that the process waits in. Alone, a process has nobody to
-    wait for and is left alone.
+    Each process says where it is; launch.py makes one message of what all say. Alone, a process has nobody to wait for
+    and is left alone.
     """
 
     def __init__(self, minutes: float) -> None:
-        self.minutes = minutes
+        self.seconds = 60 * minutes
         self.step = 0
         self.seen = time.monotonic()
         self.stopped = threading.Event()
         self.waiting_for = threading.main_thread()
-        self.reports = os.environ.get(REPORTS)
+        self.reports = Path(os.environ[REPORTS]) if REPORTS in os.environ else None
+
+    def start(self) -> None:
+        """Training begins: setting up counts as a step."""
+        self.seen = time.monotonic()
+        if self.reports is not None:
+            threading.Thread(target=self._watch, args=(self.reports,), daemon=True).start()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._alive(state)
-        if self.reports is not None:
-            threading.Thread(target=self._watch, daemon=True).start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._alive(state)
@@ -64,18 +69,17 @@ class StepWatchdog(TrainerCallback):
     def _alive(self, state: TrainerState) -> None:
         self.step, self.seen = state.global_step, time.monotonic()
 
-    def _watch(self) -> None:
-        while not self.stopped.wait(60 * self.minutes / _LOOKS):
-            if time.monotonic() - self.seen > 60 * self.minutes:
-                assert self.reports is not None
-                report_failure(Path(self.reports), self._verdict())
+    def _watch(self, reports: Path) -> None:
+        while not self.stopped.wait(LOOK_SECONDS):
+            silence = time.monotonic() - self.seen
+            if silence > self.seconds:
+                frame = sys._current_frames().get(self.waiting_for.ident or 0)
+                report_hang(reports, self.step, time.time() - silence, traceback.extract_stack(frame))
+                self._wait_for_others(reports)
                 os._exit(1)
 
-    def _verdict(self) -> UserError:
-        frame = sys._current_frames().get(self.waiting_for.ident or 0)
-        where = traceback.format_stack(frame)[-1].strip().splitlines()[0] if frame else "an unknown place"
-        return UserError(
-            f"training: no step for {self.minutes:g} minutes after step {self.step}; a process waits in {where}. If a "
-            "step takes that long, raise launch.step_timeout; else look into the logs of the other ranks "
-            f"({self.reports})"
-        )
+    def _wait_for_others(self, reports: Path) -> None:
+        """The first process that ends has the others ended before they have said where they are."""
+        deadline, processes = time.monotonic() + PATIENCE_SECONDS, int(os.environ["WORLD_SIZE"])
+        while time.monotonic() < deadline and len(list(reports.glob("rank-*.json"))) < processes:
+            time.sleep(LOOK_SECONDS / 10)
