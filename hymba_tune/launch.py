@@ -31,6 +31,17 @@ from hymba_tune.topology import Topology
 # What torchrun waits between asking ranks to end and ending them, and some.
 PATIENCE_SECONDS = 40.0
 _CHECK_SECONDS = 0.5
+# Part of an optimizer's name -> the package that brings it; the first that fits.
+_OPTIMIZER_PACKAGES = {
+    "galore": "galore-torch",
+    "apollo": "apollo-torch",
+    "lomo": "lomo-optim",
+    "grokadamw": "grokadamw",
+    "schedule_free": "schedulefree",
+    "stable_adamw": "torch-optimi",
+    **dict.fromkeys(("torch_4bit", "torch_8bit"), "torchao"),
+    **dict.fromkeys(("8bit", "paged", "bnb", "lion", "ademamix"), "bitsandbytes"),
+}
 # A rank that another's failure ended: by torchrun (SIGTERM), or by a connection that broke.
 _ENDED_BY_US = {-signal.SIGTERM, -signal.SIGINT}
 
@@ -63,13 +74,17 @@ def check_launch(recipe: Recipe) -> None:
 
 
 def check_packages(recipe: Recipe) -> None:
-    """That this Python has what the recipe's `launch` section needs, whatever the machine.
+    """That this Python has what the recipe's `launch` section and its optimizer need, whatever the machine.
 
     Raises:
         UserError: with what to install.
     """
     if recipe.launch.sharing.kind == "deepspeed" and version("deepspeed") is None:
         raise UserError(f"launch.config: {recipe.launch.config} needs DeepSpeed: pip install 'hymba-tune[deepspeed]'")
+    optimizer = str(recipe.trainer_arguments.get("optim", "adamw_torch"))
+    package = next((package for part, package in _OPTIMIZER_PACKAGES.items() if part in optimizer), None)
+    if package is not None and version(package) is None:
+        raise UserError(f"trainer.optim: {optimizer} needs {package}: pip install {package}, or use adamw_torch")
 
 
 def _check_compiling(config: str) -> None:

@@ -165,6 +165,11 @@ class Recipe(_Section):
     output: OutputSection = OutputSection()
 
     @property
+    def trains_adapter(self) -> bool:
+        """Whether an adapter learns, a new one or the one that is there, and no other weight."""
+        return self.adapter is not None or self.model.handoff == "continue"
+
+    @property
     def gradient_accumulation_steps(self) -> int:
         """Micro-batches a step: global_batch / (per_device_train_batch_size * processes)."""
         return self.global_batch // (self.trainer.per_device_train_batch_size * self.launch.processes)
@@ -348,7 +353,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[Location, str]]:
                 ("model", "config", key),
                 f"{model.source} has weights for its own value; only {', '.join(CONTEXT_KEYS)} may change under them",
             )
-    if model.config and model.source != "scratch" and (recipe.adapter or model.handoff == "continue"):
+    if model.config and model.source != "scratch" and recipe.trains_adapter:
         yield (
             ("model", "config"),
             "an adapter goes on its weights as they are; train all weights in the new context first, or set it to null",
@@ -430,12 +435,36 @@ def _launch_contradictions(recipe: Recipe) -> Iterator[tuple[Location, str]]:
     reason = _optimizer_problem(optimizer, sharing)
     if reason:
         yield ("trainer", "optim"), f"{optimizer}: {reason} under launch.config {launch.config}; use adamw_torch"
-    precompute = (trainer.model_extra or {}).get("precompute_ref_log_probs", True)
-    if recipe.method == "dpo" and sharing.spreads_weights and recipe.adapter is None and not precompute:
-        yield (
-            ("trainer", "precompute_ref_log_probs"),
-            f"false: under {launch.config} the reference would be a second model; leave it at true",
+    yield from _reference_problems(recipe, sharing)
+    yield from _recomputing_problems(recipe, sharing)
+
+
+def _reference_problems(recipe: Recipe, sharing: Sharing) -> Iterator[tuple[Location, str]]:
+    """DPO of all weights, where no process holds them all."""
+    if recipe.method != "dpo" or recipe.trains_adapter or not sharing.spreads_weights:
+        return
+    name = recipe.launch.config
+    if sharing.kind == "fsdp":
+        message = (
+            f"{name}: TRL would read the reference again from model.from, without its adapters; use zero3 or zero2"
         )
+        yield ("launch", "config"), message
+    elif not (recipe.trainer.model_extra or {}).get("precompute_ref_log_probs", True):
+        message = f"false: under {name} the reference would be a second model; leave it at true"
+        yield ("trainer", "precompute_ref_log_probs"), message
+
+
+def _recomputing_problems(recipe: Recipe, sharing: Sharing) -> Iterator[tuple[Location, str]]:
+    """Frozen weights in pieces: TRL recomputes layers in the reentrant way alone."""
+    kwargs = recipe.trainer_arguments.get("activation_checkpointing_kwargs") or {}
+    if not (recipe.trains_adapter and sharing.stage == 3 and isinstance(kwargs, dict)):
+        return
+    for key, wrong in (("selective", True), ("use_reentrant", False)):
+        if kwargs.get(key) is wrong:
+            yield (
+                ("trainer", "activation_checkpointing_kwargs"),
+                f"{key}: {str(wrong).lower()}: an adapter under ZeRO-3 needs reentrant checkpointing; leave it out",
+            )
 
 
 def _optimizer_problem(optimizer: str, sharing: Sharing) -> str | None:
