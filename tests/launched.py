@@ -23,6 +23,7 @@ import hymba_tune.training.trainer
 from hymba_tune.launch import launch
 from hymba_tune.model import ops
 from hymba_tune.model.norm import RMSNorm
+from hymba_tune.rank import HOST
 from hymba_tune.recipe import load_recipe
 from hymba_tune.run_dir import RunDir
 from hymba_tune.stage import run_stage, train_rank
@@ -170,6 +171,17 @@ def sleeping(folder: str) -> None:
 def stopped(folder: str) -> None:
     hymba_tune.training.trainer.StepWatchdog = _Impatient
     _train(folder, _IsStopped())
+
+
+class _KillsLauncher(_At):
+    def act(self) -> None:
+        host = Path(f"/proc/{os.environ[HOST]}/stat").read_text()
+        os.kill(int(host.rpartition(")")[2].split()[1]), signal.SIGKILL)
+        time.sleep(600)
+
+
+def launcher_killed(folder: str) -> None:
+    _train(folder, _KillsLauncher())
 
 
 def killed(folder: str) -> None:

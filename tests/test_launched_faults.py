@@ -2,6 +2,10 @@
 
 import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +62,25 @@ def test_a_run_whose_rank_was_killed_goes_on_as_if_it_had_not_been(
     assert not of_the_run(tmp_path)
     cut = RunDir(tmp_path / "cut")
     assert [folder.name for folder in cut.checkpoints.iterdir()] == ["checkpoint-2"]
+    whole = run(write_recipe(tmp_path, small_tokenizer, config, name="whole"))
+    assert_same_training(run(path), whole)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("config", ["ddp", "zero2"])
+def test_a_run_whose_launcher_was_killed_leaves_no_process_and_goes_on(
+    config: str, tmp_path: Path, small_tokenizer: Any
+) -> None:
+    if config != "ddp":
+        pytest.importorskip("deepspeed")
+    path = write_recipe(tmp_path, small_tokenizer, config, name="cut")
+    code = f"from tests.launched import *\nrun_with(Path({str(path)!r}), 'launcher_killed', pytest.MonkeyPatch())"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 60
+    while of_the_run(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not of_the_run(tmp_path)
     whole = run(write_recipe(tmp_path, small_tokenizer, config, name="whole"))
     assert_same_training(run(path), whole)
 

@@ -1,5 +1,6 @@
 """A stage whose training runs in two processes learns what it would in one, and leaves the same files."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ def test_two_processes_learn_what_one_does(
     alone = run(write_recipe(tmp_path, small_tokenizer, "single", 1, **sections))
     together = run(write_recipe(tmp_path, small_tokenizer, config, **sections))
     assert_same_training(together, alone)
-    for line in metrics(together):
-        assert line["tokens_per_second"] > 0
+    for before, line in pairwise(metrics(together)):
+        rate = (line["tokens"] - before["tokens"]) / (line["seconds"] - before["seconds"])
+        assert line["tokens_per_second"] == pytest.approx(rate, rel=0.05)  # seconds are rounded
 
 
 @pytest.mark.full
