@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -164,13 +164,11 @@ class _Impatient(StepWatchdog):
 
 
 def sleeping(folder: str) -> None:
-    hymba_tune.training.trainer.StepWatchdog = _Impatient
-    _train(folder, _Sleeps())
+    _train(folder, _Sleeps(), _Impatient)
 
 
 def stopped(folder: str) -> None:
-    hymba_tune.training.trainer.StepWatchdog = _Impatient
-    _train(folder, _IsStopped())
+    _train(folder, _IsStopped(), _Impatient)
 
 
 class _KillsLauncher(_At):
@@ -188,8 +186,9 @@ def killed(folder: str) -> None:
     _train(folder, _IsKilled())
 
 
-def _train(folder: str, callback: TrainerCallback) -> None:
-    transformers.trainer.DEFAULT_CALLBACKS.append(callback)
+def _train(folder: str, callback: TrainerCallback, watchdog: type[StepWatchdog] = StepWatchdog) -> None:
+    cast(Any, transformers.trainer).DEFAULT_CALLBACKS.append(callback)
+    cast(Any, hymba_tune.training.trainer).StepWatchdog = watchdog
     train_rank(folder)
 
 
@@ -234,7 +233,7 @@ class Described(TrainerCallback):
             self.found["scan"].append([str(t.dtype) for t in (inputs[1], inputs[2], inputs[5], final)])
             return y, final
 
-        ops.selective_scan = scan
+        cast(Any, ops).selective_scan = scan
 
     def _norm(self, name: str, module: RMSNorm, x: torch.Tensor, y: torch.Tensor) -> None:
         self.found["at_use"][f"{name}.weight"] = [str(module.weight.dtype), module.weight.numel()]
