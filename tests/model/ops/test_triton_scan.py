@@ -46,28 +46,10 @@ print("all equal")
 """
 
 COMPILED = """
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+import torch
 from hymba_tune.model.ops import triton_conv, triton_scan
+from tests.model.ops import absent_gpu
 
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
-
-def compile_only(kernel, *, grid, warmup, num_warps=4, **arguments):
-    types, constants = {}, {}
-    for i, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
-        constant = parameter.is_constexpr or value is None
-        types[parameter.name] = "constexpr" if constant else TYPES[value.dtype] if torch.is_tensor(value) else "i32"
-        if constant:
-            constants[(i,)] = value
-    source = ASTSource(kernel, types, constants)
-    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
-    assert built.asm["cubin"]
-    print(kernel.fn.__name__, flush=True)
-
-JITFunction.run = compile_only
 def zeros(*shape, dtype=torch.bfloat16):
     return torch.zeros(shape, dtype=dtype, requires_grad=True)
 
@@ -169,4 +151,7 @@ def test_long_and_awkward_documents_too() -> None:
 @pytest.mark.full
 def test_every_kernel_compiles_for_a_gpu_that_is_not_here() -> None:
     """To machine code of compute capability 9.0, bf16 in and out: what a type or a shape would break is found here."""
-    assert set(run(COMPILED, interpret=False).split()) == KERNELS
+    said = dict(line.split(":", 1) for line in run(COMPILED, interpret=False).splitlines())
+    assert said.keys() == KERNELS
+    # The kernel of all gradients fills its registers to the last.
+    assert all(text.endswith(" 0 bytes spilled") for name, text in said.items() if name != "gradients"), said
