@@ -13,6 +13,9 @@ import pytest
 from hymba_tune import cli
 from tests.cluster.fakes import write_commands
 
+PYTHON = sys.executable
+"""What really runs hymba-tune; the fixture puts the fake launcher in its place."""
+
 RECIPE = """
 stage: one
 method: sft
