@@ -1,7 +1,8 @@
 """Commands of a cluster for tests, as files for a PATH: each writes how it was called into $CALLS.
 
 scontrol knows the hosts of $NODES; srun runs its command once a host on this machine and passes TERM on; ssh runs here
-what it would run there; `launcher` stands for the Python that runs hymba-tune.
+what it would run there, in a network of the host's own inside `two_networks`; `launcher` stands for the Python that
+runs hymba-tune.
 """
 
 from pathlib import Path
@@ -38,8 +39,22 @@ echo 4711
 _SSH = """
 while [[ $1 == -* ]]; do [[ $1 != -o ]] || shift; shift; done
 [[ $1 != "${UNREACHABLE-}" ]] || { echo "ssh: connect to host $1: No route to host" >&2; exit 255; }
+network=()
+[[ -z ${NETWORKS-} ]] || network=(ip netns exec "$1")
 shift
-exec bash -c "$*"
+exec "${network[@]}" bash -c "$*"
+"""
+
+# Two networks of their own, with a cable between; what is called sees neither this machine's nor its loopback.
+_TWO_NETWORKS = """
+[[ -n ${NETWORKS-} ]] || NETWORKS=1 exec unshare --map-root-user --net --mount "$0" "$@"
+set -e
+mount -t tmpfs tmpfs /run
+for host in $NODES; do ip netns add "$host"; ip -n "$host" link set lo up; done
+read -r one two <<<"$NODES"
+ip link add cable netns "$one" type veth peer name cable netns "$two"
+for host in $NODES; do ip -n "$host" addr add "$host/24" dev cable; ip -n "$host" link set cable up; done
+exec "$@"
 """
 
 _LAUNCHER = """
@@ -54,6 +69,7 @@ exit "${CODE-0}"
 
 _PLACE = 'echo "launcher $NODE_RANK $MASTER_ADDR $MASTER_PORT $(pwd)" "$@"'
 _COMMANDS = {"scontrol": _SCONTROL, "srun": _SRUN, "sbatch": _SBATCH, "ssh": _SSH, "launcher": _LAUNCHER}
+_COMMANDS["two_networks"] = _TWO_NETWORKS
 
 
 def write_commands(folder: Path) -> None:
