@@ -1,106 +1,83 @@
 """The written scripts, run for real: launchers at two addresses, or in two networks, train what one process does."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-import yaml
-from safetensors.torch import load_file
 
-from hymba_tune.recipe import load_recipe
-from hymba_tune.stage import run_stage
+from hymba_tune.run_dir import RunDir
 from hymba_tune.topology import free_port
+from tests import launched
 from tests.cluster.conftest import PYTHON, Cluster, run
-from tests.test_launched_stage import recipe_of
 
 pytestmark = pytest.mark.full
 
-SETTINGS = ["trainer.max_steps=8", "trainer.save_steps=2"]
 SECONDS = 900  # two torches on a busy machine
-# The order of a float32 sum, over so few steps.
-RELATIVE = 1e-3
 
 
-@pytest.fixture
-def recipe(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The recipe of one process; its run is `single`, that of two hosts `two`."""
+@pytest.fixture(autouse=True)
+def real_launchers(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", PYTHON)
-    return recipe_of(cluster.folder, "single")
 
 
-def on_two(cluster: Cluster, recipe: Path) -> str:
-    """The same recipe with an output of its own."""
-    values = yaml.safe_load(recipe.read_text())
-    del values["launch"]
-    (cluster.folder / "two.yaml").write_text(yaml.safe_dump({**values, "output": {"dir": str(cluster.folder / "two")}}))
-    return "two.yaml"
-
-
-def same_as_alone(cluster: Cluster, recipe: Path) -> None:
-    alone = run_stage(load_recipe(recipe, SETTINGS))
-    two = cluster.folder / "two"
-    losses, theirs = (
-        [json.loads(line)["loss"] for line in (path / "metrics.jsonl").open()] for path in (alone.path, two)
-    )
-    assert len(losses) == 8
-    torch.testing.assert_close(torch.tensor(theirs), torch.tensor(losses), atol=1e-4, rtol=0)
-    weights, others = load_file(alone.model / "model.safetensors"), load_file(two / "model" / "model.safetensors")
-    assert weights.keys() == others.keys()
-    for name, weight in weights.items():
-        assert float((others[name] - weight).norm()) <= RELATIVE * float(weight.norm()) + 1e-6, name
-
-
-def write_start(cluster: Cluster, recipe: Path, config: str, *hosts: str) -> Path:
+def write_start(cluster: Cluster, recipe: Path, *hosts: str) -> Path:
     """The script that trains on two hosts."""
     pytest.importorskip("deepspeed")
     (cluster.folder / "hosts").write_text("".join(f"{host} slots=1\n" for host in hosts))
     port = str(free_port())
-    run(
-        *("launch", "hosts", on_two(cluster, recipe), "--hostfile", "hosts", "--config", config, "--port", port),
-        *("--out", "start.sh", *SETTINGS),
-    )
+    run("launch", "hosts", str(recipe), "--hostfile", "hosts", "--port", port, "--out", "start.sh")
     return cluster.folder / "start.sh"
 
 
-def test_hosts_of_a_hostfile_train_what_one_process_does(cluster: Cluster, recipe: Path) -> None:
-    job = cluster.start(write_start(cluster, recipe, "multinode_zero2", "127.0.0.1", "127.0.0.2"))
+def trained(cluster: Cluster, job: subprocess.Popen[bytes], name: str) -> RunDir:
     assert job.wait(SECONDS) == 0, cluster.output.read_text()
+    return RunDir(cluster.folder / name)
+
+
+def test_hosts_of_a_hostfile_train_what_one_process_does(cluster: Cluster, small_tokenizer: Any) -> None:
+    recipe = launched.write_recipe(cluster.folder, small_tokenizer, "multinode_zero2")
+    script = write_start(cluster, recipe, "127.0.0.1", "127.0.0.2")
+    together = trained(cluster, cluster.start(script), "multinode_zero2")
     assert [call.split()[3] for call in cluster.called("ssh")] == ["127.0.0.1", "127.0.0.2"]
-    same_as_alone(cluster, recipe)
+    alone = launched.run(launched.write_recipe(cluster.folder, small_tokenizer, "single", 1))
+    launched.assert_same_training(together, alone)
 
 
-def test_hosts_in_two_networks_train_what_one_process_does(cluster: Cluster, recipe: Path) -> None:
+def test_hosts_in_two_networks_train_what_one_process_does(cluster: Cluster, small_tokenizer: Any) -> None:
     more = {"NODES": "10.77.0.1 10.77.0.2", "GLOO_SOCKET_IFNAME": "cable"}
-    apart = str(cluster.commands / "two_networks")
+    apart = cluster.commands / "two_networks"
     if subprocess.run([apart, "true"], env=cluster.environment(**more), check=False).returncode:
         pytest.skip("this machine makes no networks for its users")
-    script = write_start(cluster, recipe, "multinode_zero3", "10.77.0.1", "10.77.0.2")
-    job = cluster.start(Path(apart), "bash", str(script), more=more)
-    assert job.wait(SECONDS) == 0, cluster.output.read_text()
-    same_as_alone(cluster, recipe)
+    recipe = launched.write_recipe(cluster.folder, small_tokenizer, "zero3")  # the one that shards a small model
+    script = write_start(cluster, recipe, "10.77.0.1", "10.77.0.2")
+    together = trained(cluster, cluster.start(apart, "bash", str(script), more=more), "zero3")
+    alone = launched.run(launched.write_recipe(cluster.folder, small_tokenizer, "single", 1))
+    launched.assert_same_training(together, alone)
 
 
-def test_a_slurm_job_that_is_queued_again_trains_what_one_process_does(cluster: Cluster, recipe: Path) -> None:
-    run(
-        *("launch", "slurm", on_two(cluster, recipe), "--nodes", "2", "--gpus", "1", "--config", "ddp"),
-        *("--out", "job.sh", *SETTINGS),
-    )
+def test_a_slurm_job_that_is_queued_again_trains_what_one_process_does(
+    cluster: Cluster, small_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launched, "STEPS", 40)  # long enough to be cut
+    recipe = launched.write_recipe(cluster.folder, small_tokenizer, "ddp")
+    run("launch", "slurm", str(recipe), "--nodes", "2", "--gpus", "1", "--out", "job.sh")
     more = {"NODES": "127.0.0.1 127.0.0.2", "SLURM_JOB_ID": str(os.getpid())}
     job = cluster.start(cluster.folder / "job.sh", more=more)
+    checkpoints = RunDir(cluster.folder / "ddp").checkpoints
     deadline = time.monotonic() + SECONDS
-    while not list((cluster.folder / "two" / "checkpoints").glob("checkpoint-*")) and time.monotonic() < deadline:
+    while not list(checkpoints.glob("checkpoint-*")) and time.monotonic() < deadline:
         assert job.poll() is None, cluster.output.read_text()
         time.sleep(0.05)
     job.send_signal(signal.SIGUSR1)
-    assert job.wait(SECONDS) == 0, cluster.output.read_text()
+    cut = trained(cluster, job, "ddp")
     assert cluster.called("scontrol")[0] == f"requeue {os.getpid()}"
-    assert not (cluster.folder / "two" / "model").exists()
-    job = cluster.start(cluster.folder / "job.sh", more={**more, "SLURM_RESTART_COUNT": "1"})
-    assert job.wait(SECONDS) == 0, cluster.output.read_text()
-    same_as_alone(cluster, recipe)
+    assert not cut.model.exists()
+    again = cluster.start(cluster.folder / "job.sh", more={**more, "SLURM_RESTART_COUNT": "1"})
+    together = trained(cluster, again, "ddp")
+    alone = launched.run(launched.write_recipe(cluster.folder, small_tokenizer, "single", 1))
+    launched.assert_same_training(together, alone)
