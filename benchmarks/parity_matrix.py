@@ -8,7 +8,7 @@ ever measured as the table of docs/distributed.md. Needs DeepSpeed, g++ and ninj
 
     loss        the largest difference of a step's loss
     weights     the norm of the difference of all trained weights, as a share of the norm of how far training moved them
-                (of an adapter: of its matrices B, which start at zero)
+                (of an adapter: of its weights)
 
 One process keeps activations; two recompute them where the method says so. ZeRO-3 keeps parameters below a threshold
 whole in every process, and so all of a small model: here it is 0.
@@ -48,7 +48,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "sft_recomputed": {"trainer": _RECOMPUTED},
     "dora": _DORA,
     "dora_recomputed": {**_DORA, "trainer": _RECOMPUTED},
-    "dpo": {"method": "dpo", "trainer": {"learning_rate": 1e-4}},
+    "dpo": {"method": "dpo"},
     "dpo_dora": {"method": "dpo", **_DORA},
 }
 TABLE = REPOSITORY / "docs" / "distributed.md"
@@ -166,18 +166,14 @@ def weights(run: RunDir) -> dict[str, torch.Tensor]:
 
 
 def start(run: RunDir) -> dict[str, torch.Tensor]:
-    """What a full training began with; of an adapter nothing."""
+    """What a full training began with; nothing for an adapter, whose own norm is the measure."""
     return {} if run.adapter.exists() else load_file(run.path.with_name("start") / "model.safetensors")
 
 
 def _share(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor], begun: dict[str, torch.Tensor]) -> float:
     assert one.keys() == two.keys(), f"other weights: {sorted(one.keys() ^ two.keys())}"
     apart = math.fsum(_square(one[name], two[name]) for name in one)
-    moved = math.fsum(
-        _square(value, begun[name] if begun else torch.zeros_like(value))
-        for name, value in one.items()
-        if begun or "lora_B" in name
-    )
+    moved = math.fsum(_square(value, begun.get(name, torch.zeros_like(value))) for name, value in one.items())
     return math.sqrt(apart / moved)
 
 
