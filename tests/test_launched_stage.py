@@ -13,12 +13,18 @@ import torch
 from hymba_tune.model import HymbaForCausalLM, load_model
 from tests.launched import assert_same_training, metrics, run, weights, write_recipe
 
-DORA = {"adapter": {"type": "dora", "r": 2, "alpha": 4}}
-RECOMPUTED = {"trainer": {"gradient_checkpointing": True}}
+DORA: dict[str, Any] = {"adapter": {"type": "dora", "r": 2, "alpha": 4}}
+RECOMPUTED: dict[str, Any] = {"trainer": {"gradient_checkpointing": True}}
 
 
 def _cases() -> list[Any]:
-    full = [("zero1", {}), ("zero2", {}), ("zero3", {}), ("zero2", DORA), ("zero3", DORA)]
+    full: list[tuple[str, dict[str, Any]]] = [
+        ("zero1", {}),
+        ("zero2", {}),
+        ("zero3", {}),
+        ("zero2", DORA),
+        ("zero3", DORA),
+    ]
     full += [("zero3", RECOMPUTED), ("zero3", {**DORA, **RECOMPUTED})]
     return [
         pytest.param("ddp", {}, id="ddp"),
