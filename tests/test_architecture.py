@@ -45,7 +45,7 @@ ARROWS: dict[str, set[str]] = {
     "workers": set(),
     "chat": {"data", "evaluation", "model", "report", "weights"},
     "export": {"data", "hub", "report", "weights"},
-    "evaluate": {"data", "model", "weights", "evaluation"},
+    "evaluate": {"data", "model", "weights", "evaluation", "launch", "topology"},
 }
 SEES_ALL = {"cli", "make_tiny", "pipeline", "stage"}
 

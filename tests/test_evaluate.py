@@ -73,3 +73,18 @@ def test_a_run_stands_for_what_it_trained(tmp_path):
     run.model.mkdir()
     assert find_weights(str(run.path)).source == str(run.model)
     assert find_weights("someone/model").source == "someone/model"
+
+
+def test_two_processes_give_the_results_of_one(weights, tmp_path):
+    from hymba_tune.evaluate import evaluate
+
+    task = tmp_path / "mine.jsonl"
+    rows = [{"prompt": f"{n} " + "word " * 2000, "target": "x"} for n in range(12)]  # two batches
+    task.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        evaluate(str(weights), [f"{task}:exact"], out, limit=None, data=None, max_new_tokens=3, processes=processes)
+    one, two = (json.loads((tmp_path / name / "mine.json").read_text()) for name in ("1", "2"))
+    assert (one["items"], one["metrics"], one["settings"]) == (two["items"], two["metrics"], two["settings"])
+    assert two["tokens_per_second"] is None  # every answer came from the other processes
+    assert not list((tmp_path / "2").glob("answers-*"))

@@ -14,10 +14,16 @@ import torch
 
 
 class AnswerCache:
-    """A mapping from `answer_key` to JSON values that lives in a file; in memory only if `path` is None."""
+    """A mapping from `answer_key` to JSON values that lives in a file; in memory only if `path` is None.
 
-    def __init__(self, path: Path | None):
+    `known` is another such file, which is only read.
+    """
+
+    def __init__(self, path: Path | None, known: Path | None = None):
         self._answers: dict[str, Any] = {}
+        if known is not None and known.exists():
+            with known.open(encoding="utf-8", errors="backslashreplace") as file:
+                self._read(file)
         self._file: TextIO | None = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,6 +46,11 @@ class AnswerCache:
     def _load(self, file: TextIO) -> None:
         """Reads the whole lines and cuts the file after the last of them."""
         file.seek(0)
+        file.seek(self._read(file))
+        file.truncate()
+
+    def _read(self, file: TextIO) -> int:
+        """Takes the whole lines in; returns where they end."""
         end = 0
         while line := file.readline():
             if not line.endswith("\n"):
@@ -50,8 +61,16 @@ class AnswerCache:
             except (ValueError, KeyError, TypeError):
                 break
             end = file.tell()
-        file.seek(end)
-        file.truncate()
+        return end
+
+    def take_over(self, part: Path) -> None:
+        """The answers of another process' file, which goes then."""
+        other = AnswerCache(part)
+        for key, answer in other._answers.items():
+            if key not in self._answers:
+                self.put(key, answer)
+        other.close()
+        part.unlink()
 
 
 def answer_key(kind: str, model: str, tokenizer: str, tokens: Sequence[int], settings: dict[str, Any]) -> str:

@@ -13,7 +13,14 @@ from hymba_tune.evaluation.cache import (
     text_fingerprint,
     tokenizer_fingerprint,
 )
-from hymba_tune.evaluation.generate import FinishReason, Progress, end_of_sequence_ids, generate_as_finished
+from hymba_tune.evaluation.generate import (
+    WHOLE,
+    FinishReason,
+    Progress,
+    Share,
+    end_of_sequence_ids,
+    generate_as_finished,
+)
 from hymba_tune.evaluation.likelihood import Likelihood, loglikelihood_as_finished
 
 Messages = Sequence[dict[str, Any]]
@@ -37,12 +44,18 @@ class Work:
     new_tokens: int = 0
 
 
+class ShareDone(Exception):
+    """A process has answered its share of a task's requests; the answers are in its cache."""
+
+
 @dataclass
 class Engine:
     """One model, its tokenizer, its limits and its cache.
 
     max_new_tokens: a cap on every task's own limit (a model that does not stop), or None.
     max_length: longest prompt plus answer; default the model's `max_position_embeddings`.
+    share: this process' part, where several fill their caches side by side; such a process only answers: it raises
+        ShareDone where all answers would be needed.
     """
 
     model: Any
@@ -52,6 +65,7 @@ class Engine:
     max_new_tokens: int | None = None
     max_length: int | None = None
     progress: Progress | None = None
+    share: Share = WHOLE
     work: Work = field(default_factory=Work)
 
     def __post_init__(self) -> None:
@@ -114,6 +128,7 @@ class Engine:
                 stop=stop,
                 batch_tokens=self.batch_tokens,
                 max_length=self.length,
+                share=self.share,
             ):
                 self.work.new_tokens += len(found.token_ids)
                 answer = Answer(found.text, len(found.token_ids), found.finish_reason, found.dropped_prompt_tokens)
@@ -127,7 +142,11 @@ class Engine:
 
         def compute(missing: list[int]) -> Iterator[tuple[int, Any]]:
             return loglikelihood_as_finished(
-                self.model, [requests[i] for i in missing], batch_tokens=self.batch_tokens, max_length=self.length
+                self.model,
+                [requests[i] for i in missing],
+                batch_tokens=self.batch_tokens,
+                max_length=self.length,
+                share=self.share,
             )
 
         return [(total, greedy) for total, greedy in self._once(keys, compute)]
@@ -149,4 +168,6 @@ class Engine:
             if self.progress is not None:
                 self.progress(done, len(first))
         self.work.seconds += time.perf_counter() - start
+        if self.share != WHOLE:
+            raise ShareDone
         return [self.cache.get(key) for key in keys]

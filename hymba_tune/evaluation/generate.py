@@ -5,9 +5,10 @@ Prompts are sorted by length and left-padded into batches that a token budget bo
 ends at its own token limit, and a limit is always finite.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from itertools import islice
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 
@@ -17,6 +18,10 @@ from hymba_tune.model.modeling import HymbaForCausalLM
 from hymba_tune.model.static_cache import StaticDecoder
 
 FinishReason = Literal["eos", "stop", "length"]
+T = TypeVar("T")
+Share = tuple[int, int]
+"""(process, processes): which part of the work this process does."""
+WHOLE: Share = (0, 1)
 Progress = Callable[[int, int], None]
 """Called with (prompts finished, prompts in all) whenever a prompt finishes."""
 
@@ -73,6 +78,7 @@ def generate_as_finished(
     stop: Sequence[str] = (),
     batch_tokens: int = 65_536,
     max_length: int | None = None,
+    share: Share = WHOLE,
 ) -> Iterator[tuple[int, Generation]]:
     """Yields (index of the prompt, its answer) as soon as a prompt's answer is complete.
 
@@ -80,6 +86,7 @@ def generate_as_finished(
     batch_tokens: most tokens of a batch, rows * (longest prompt + most new tokens); a single row may exceed it.
     max_length: longest prompt plus answer; default the model's `max_position_embeddings`. A prompt that leaves no room
         for its new tokens loses its leftmost tokens (lm-eval's rule) and says how many.
+    share: only this process' batches, every n-th; batches are the same however many processes there are.
 
     Raises UserError for a prompt without tokens and for limits that cannot be met.
     """
@@ -88,12 +95,18 @@ def generate_as_finished(
     fitted = [_fit(index, prompt, limits[index], length) for index, prompt in enumerate(prompts)]
     stops = StopStrings(tokenizer, stop)
     eos = end_of_sequence_ids(model, tokenizer)
-    for batch in batches_by_budget(fitted, limits, batch_tokens):
+    for batch in shared(batches_by_budget(fitted, limits, batch_tokens), share):
         rows = _decode_batch(model, [fitted[i] for i in batch], [limits[i] for i in batch], stops, eos)
         for row, token_ids, reason in rows:
             index = batch[row]
             dropped = len(prompts[index]) - len(fitted[index])
             yield index, Generation(stops.trim(token_ids), token_ids, reason, dropped)
+
+
+def shared(batches: Iterable[T], share: Share) -> Iterator[T]:
+    """This process' batches."""
+    process, processes = share
+    return islice(batches, process, None, processes)
 
 
 def end_of_sequence_ids(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hymba_tune.errors import UserError
-from hymba_tune.evaluation.generate import batches_by_budget, left_padded
+from hymba_tune.evaluation.generate import WHOLE, Share, batches_by_budget, left_padded, shared
 
 Likelihood = tuple[float, bool]
 """(sum of the continuation's log-probabilities in nats, whether greedy decoding would produce it)"""
@@ -41,9 +41,11 @@ def loglikelihood_as_finished(
     *,
     batch_tokens: int = 65_536,
     max_length: int | None = None,
+    share: Share = WHOLE,
 ) -> Iterator[tuple[int, Likelihood]]:
     """Yields (index of the request, its likelihood) for requests (context ids, continuation ids), as batches finish.
 
+    Of several processes each does its `share` of the batches.
     A request longer than the model's length (or `max_length`) loses its leftmost context tokens, as in lm-eval.
 
     Raises UserError for a request without context or continuation, or a continuation longer than the model.
@@ -55,14 +57,28 @@ def loglikelihood_as_finished(
         groups[row, len(continuation)].append(index)
     keys = list(groups)
     rows, kept = [row for row, _ in keys], [count for _, count in keys]
-    for family in _families(rows, kept):
+    for family, batches in _planned(rows, kept, batch_tokens, share):
         cache = _prefix_cache(model, rows[family.rows[0]][: family.prefix]) if family.prefix else None
-        for batch in _batches(family.rows, rows, kept, batch_tokens):
+        for batch in batches:
             rests = [rows[i][family.prefix :] for i in batch]
             scores = _score_batch(model, rests, max(kept[i] for i in batch), family.prefix, cache)
             for logprobs, i in zip(scores, batch, strict=True):
                 for index in groups[keys[i]]:
                     yield index, _likelihood(logprobs, requests[index][1])
+
+
+def _planned(
+    rows: Sequence[Row], kept: Sequence[int], batch_tokens: int, share: Share
+) -> list[tuple[_Family, list[list[int]]]]:
+    """The families with this process' batches of each, without those that have none."""
+    families = _families(rows, kept)
+    every = [
+        (number, batch) for number, one in enumerate(families) for batch in _batches(one.rows, rows, kept, batch_tokens)
+    ]
+    mine: dict[int, list[list[int]]] = defaultdict(list)
+    for number, batch in shared(every, share):
+        mine[number].append(batch)
+    return [(families[number], batches) for number, batches in mine.items()]
 
 
 def _row(index: int, context: Sequence[int], continuation: Sequence[int], length: int) -> Row:

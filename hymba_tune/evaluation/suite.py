@@ -6,6 +6,7 @@ by one in `answers.jsonl` beside the files, so a suite that was cut off goes on 
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 from hymba_tune.data.benchmarks import BenchmarkNotFound
 from hymba_tune.evaluation.cache import AnswerCache, text_fingerprint
 from hymba_tune.evaluation.catalogue import Task, find_tasks
-from hymba_tune.evaluation.engine import Engine
+from hymba_tune.evaluation.engine import Engine, ShareDone
+from hymba_tune.evaluation.generate import Share
 from hymba_tune.evaluation.harness import LmEvalNotInstalled
 from hymba_tune.evaluation.results import finished_result, not_run_result, read_result, write_result
 
@@ -21,6 +23,9 @@ TaskProgress = Callable[[str, int, int], None]
 """Called with (task, requests finished, requests in all)."""
 
 Result = dict[str, Any]
+
+ANSWERS = "answers.jsonl"
+BATCH_TOKENS = 16_384
 
 
 def run_suite(
@@ -31,7 +36,7 @@ def run_suite(
     *,
     limit: int | None = None,
     data: str | Path | None = None,
-    batch_tokens: int = 16_384,
+    batch_tokens: int = BATCH_TOKENS,
     max_new_tokens: int | None = None,
     progress: TaskProgress | None = None,
 ) -> list[Result]:
@@ -47,10 +52,37 @@ def run_suite(
     Raises UserError for an unknown task or broken data. Data that is not there makes a result that says so.
     """
     found, out_dir = find_tasks(tasks), Path(out_dir)
-    cache = AnswerCache(out_dir / "answers.jsonl")
+    cache = AnswerCache(out_dir / ANSWERS)
     try:
+        for part in sorted(out_dir.glob("answers-*.jsonl")):
+            cache.take_over(part)
         engine = Engine(model, tokenizer, cache, batch_tokens, max_new_tokens)
         return [_run_or_reuse(engine, name, task, out_dir, limit, data, progress) for name, task in found.items()]
+    finally:
+        cache.close()
+
+
+def answer_share(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    out_dir: Path,
+    share: Share,
+    *,
+    limit: int | None = None,
+    data: str | Path | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    max_new_tokens: int | None = None,
+    progress: TaskProgress | None = None,
+) -> None:
+    """One of several processes' share of the answers, into a file of its own; run_suite takes them over and scores."""
+    cache = AnswerCache(out_dir / f"answers-{share[0]}.jsonl", out_dir / ANSWERS)
+    engine = Engine(model, tokenizer, cache, batch_tokens, max_new_tokens, share=share)
+    try:
+        for name, task in find_tasks(tasks).items():
+            engine.progress = partial(progress, name) if progress is not None else None
+            with suppress(BenchmarkNotFound, LmEvalNotInstalled, ShareDone):
+                task.run(engine, task.rows(data), limit)
     finally:
         cache.close()
 
