@@ -12,7 +12,6 @@ ifeval each stable instruction, strict and loose; rolebench the Rouge-L values t
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -21,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import write_result
-from hymba_tune.data.benchmarks import benchmark_rows
+from hymba_tune.data.benchmarks import benchmark_rows, read_jsonl
+from hymba_tune.errors import UserError
 from hymba_tune.evaluation import bfcl, gsm8k, ifeval, rolebench
 from hymba_tune.evaluation.bfcl_questions import bfcl_rows
 from hymba_tune.evaluation.harness import read_task
@@ -33,7 +33,7 @@ Comparison = tuple[str, Any, Any]
 
 def bfcl_comparisons(data: Path, gold: Path) -> Iterator[Comparison]:
     rows = {row["id"]: row for row in bfcl_rows(data)}
-    for answer in read_lines(gold):
+    for answer in read_jsonl(gold):
         row = rows[answer["id"]]
         fault = bfcl.judge(row, bfcl.decode_or_error("bfcl_v2", row, answer["result"]))
         yield answer["id"], (fault is None, fault and fault.error_type), (answer["valid"], answer["error_type"])
@@ -41,7 +41,7 @@ def bfcl_comparisons(data: Path, gold: Path) -> Iterator[Comparison]:
 
 def gsm8k_comparisons(data: Path, gold: Path) -> Iterator[Comparison]:
     references = [row["answer"] for row in benchmark_rows("gsm8k", "test", data)]
-    answers = list(read_lines(gold))
+    answers = list(read_jsonl(gold))
     for name, field in (("strict-match", "strict_match"), ("flexible-extract", "flexible_extract")):
         found = _filtered(name, [answer["response"] for answer in answers])
         for answer, text in zip(answers, found, strict=True):
@@ -67,7 +67,7 @@ def _filtered(name: str, responses: list[str]) -> list[str]:
 
 def ifeval_comparisons(data: Path, gold: Path) -> Iterator[Comparison]:
     ifeval.ifeval_rows(data)  # finds NLTK's sentence model
-    for answer in read_lines(gold):
+    for answer in read_jsonl(gold):
         ours = ifeval.check_answer(answer, answer["response"])
         for number, name in enumerate(answer["instruction_id_list"]):
             if answer["stable"][number]:
@@ -77,7 +77,7 @@ def ifeval_comparisons(data: Path, gold: Path) -> Iterator[Comparison]:
 
 def rolebench_comparisons(data: Path, gold: Path) -> Iterator[Comparison]:
     task = "rolebench_zh" if gold.name.startswith("zh") else "rolebench_role"
-    for number, answer in enumerate(read_lines(gold)):
+    for number, answer in enumerate(read_jsonl(gold)):
         best = rolebench.score(task, answer["prediction"], answer["references"]).scores
         first = rolebench.score(task, answer["prediction"], answer["references"][:1]).scores
         ours = {
@@ -99,11 +99,6 @@ COMPARISONS: dict[str, Callable[[Path, Path], Iterator[Comparison]]] = {
 }
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        yield from map(json.loads, file)
-
-
 def compare(data: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(gold file, figures) of one benchmark."""
     for gold in sorted((data / "scoring_gold" / name).glob("*.jsonl")):
@@ -112,7 +107,7 @@ def compare(data: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
             compared += 1
             if ours != official:
                 disagreements.append({"item": what, "ours": ours, "official": official})
-        figures = {"answers": sum(1 for _ in read_lines(gold)), "compared": compared, "disagreements": disagreements}
+        figures = {"answers": sum(1 for _ in read_jsonl(gold)), "compared": compared, "disagreements": disagreements}
         yield gold.name.removesuffix(".public.jsonl"), figures | {"seconds": time.perf_counter() - began}
 
 
@@ -120,7 +115,11 @@ def main() -> int:
     folder = os.environ.get("HYMBA_TUNE_DATA")
     if not folder:
         sys.exit("HYMBA_TUNE_DATA is not set; it names the folder that holds data/ and scoring_gold/")
-    figures: dict[str, Any] = {name: dict(compare(Path(folder), name)) for name in COMPARISONS}
+    try:
+        figures: dict[str, Any] = {name: dict(compare(Path(folder), name)) for name in COMPARISONS}
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
     write_result("parity", figures)
     files = [one for gold_files in figures.values() for one in gold_files.values()]
     print(

@@ -314,7 +314,9 @@ def data_check(
 
     check_hub({})
     from hymba_tune.inspection.contamination import check_mix
+    from hymba_tune.workers import end_with_parent
 
+    end_with_parent()
     check_mix(mix, data=data, out=out, seed=seed)
 
 

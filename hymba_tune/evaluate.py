@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,12 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from hymba_tune.data.benchmarks import BenchmarkNotFound
 from hymba_tune.data.chat import load_tokenizer
-from hymba_tune.evaluation.catalogue import find_tasks
-from hymba_tune.evaluation.suite import answer_share, run_suite
+from hymba_tune.errors import UserError
+from hymba_tune.evaluation.catalogue import Task, find_tasks
+from hymba_tune.evaluation.harness import LmEvalNotInstalled
+from hymba_tune.evaluation.suite import answer_share, collect_shares, run_suite
 from hymba_tune.launch import launch
 from hymba_tune.topology import Topology, find_config
 from hymba_tune.weights import find_weights, load_weights
@@ -35,41 +40,55 @@ def evaluate(
 ) -> None:
     """Run tasks on the weights called `name`, write a file a task into `out_dir` and print the scores.
 
-    Several processes share the batches, each on its own device; this one takes their answers over and scores them.
+    Several processes share the batches, each on a device of its own; this one takes their answers over and scores them.
 
-    Raises UserError for unknown tasks or unusable weights; nothing is written then.
+    Raises UserError for unknown tasks, unusable weights and more processes than GPUs; nothing is written then.
     """
-    find_tasks(tasks)
-    find_weights(name)
     settings = {"limit": limit, "data": None if data is None else str(data), "max_new_tokens": max_new_tokens}
+    request = [name, json.dumps(list(tasks)), str(out_dir), json.dumps(settings)]
+    found, _ = find_tasks(tasks), find_weights(name)
     if processes > 1:
-        reports = out_dir / "ranks"
-        request = [name, json.dumps(list(tasks)), str(out_dir), json.dumps(settings)]
-        launch("hymba_tune.evaluate:evaluate_share", request, Topology(find_config("ddp"), processes), reports)
-    results = _with_progress(run_suite, name, tasks, out_dir, settings)
+        _check_processes(processes)
+        _check_rows(found, data)
+        collect_shares(out_dir)
+        launch(
+            "hymba_tune.evaluate:evaluate_share", request, Topology(find_config("ddp"), processes), out_dir / "ranks"
+        )
+        shutil.rmtree(out_dir / "ranks")
+    results = _with_progress(run_suite, *request)
     Console().print(_table(results), f"\n{escape(str(out_dir))}")
 
 
-def evaluate_share(name: str, tasks: str, out_dir: str, settings: str) -> None:
-    """One process' share of `evaluate`; tasks and settings as JSON. Rank and world size stand in the environment."""
-    share = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    answer = partial(answer_share, share=share)
-    _with_progress(answer, name, json.loads(tasks), Path(out_dir), json.loads(settings))
+def evaluate_share(*request: str) -> None:
+    """One process' share of the request of `evaluate`; rank and world size stand in the environment."""
+    _with_progress(partial(answer_share, share=(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))), *request)
 
 
-def _with_progress(
-    work: Callable[..., Any], name: str, tasks: Sequence[str], out_dir: Path, settings: dict[str, Any]
-) -> Any:
-    weights = find_weights(name)
+def _check_processes(processes: int) -> None:
+    devices = torch.cuda.device_count()
+    if devices and processes > devices:
+        raise UserError(f"--processes: {processes}, but there are {devices} GPUs here; give at most {devices}")
+
+
+def _check_rows(tasks: Mapping[str, Task], data: Path | None) -> None:
+    """Find what is wrong with a file before processes start. What is missing is told with the results."""
+    for task in tasks.values():
+        with suppress(BenchmarkNotFound, LmEvalNotInstalled):
+            task.rows(data)
+
+
+def _with_progress(work: Callable[..., Any], name: str, tasks: str, out_dir: str, settings: str) -> Any:
+    """`work` on the model of a request, whose tasks and settings are JSON, on this process' device."""
+    weights, names = find_weights(name), json.loads(tasks)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    model = load_weights(weights, device).eval()
+    model, tokenizer = load_weights(weights, device).eval(), load_tokenizer(weights.tokenizer)
     with Progress(transient=True) as progress:
-        bars = {task: progress.add_task(task, total=None) for task in find_tasks(tasks)}
+        bars = {task: progress.add_task(task, total=None) for task in find_tasks(names)}
 
         def show(task: str, done: int, total: int) -> None:
             progress.update(bars[task], completed=done, total=total)
 
-        return work(model, load_tokenizer(weights.tokenizer), tasks, out_dir, progress=show, **settings)
+        return work(model, tokenizer, names, Path(out_dir), progress=show, **json.loads(settings))
 
 
 def _table(results: Sequence[dict[str, Any]]) -> Table:

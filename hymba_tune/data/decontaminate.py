@@ -18,14 +18,16 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import datasets
 import numpy as np
 
 from hymba_tune.data.benchmark_texts import BenchmarkText, benchmark_texts
@@ -35,6 +37,9 @@ SHORT_WORDS = 8
 NGRAM_WORDS = 13
 BOILERPLATE_CONVERSATIONS = 10
 BOILERPLATE_SHARE = 0.5
+
+CONVERSATIONS_A_WORKER = 2500
+"""Fewer are compared faster than another process starts."""
 
 UNSHOWN = frozenset({"gpqa"})
 """Benchmarks whose authors ask that no item stand anywhere in plain text."""
@@ -213,16 +218,27 @@ def find_contamination(conversations: Iterable[tuple[str, dict[str, Any]]], inde
     result = Contamination(items=index.counts())
     for row, (source, conversation) in enumerate(conversations):
         result.conversations += 1
-        best: dict[int, tuple[str, Overlap]] = {}
-        for message, text in _messages(conversation):
-            for number, overlap in index.overlaps(text).items():
-                if number not in best or overlap.share > best[number][1].share:
-                    best[number] = message, overlap
-        for number, (message, overlap) in best.items():
-            benchmark, item = index.items[number]
-            shown = None if benchmark in UNSHOWN else overlap.words[:SHOWN_CHARS]
-            result.hits.append(Hit(row, source, message, benchmark, item, overlap.kind, round(overlap.share, 3), shown))
+        result.hits += _hits(row, source, conversation, index)
     return _without_boilerplate(result)
+
+
+def _hits(row: int, source: str, conversation: dict[str, Any], index: BenchmarkIndex) -> Iterator[Hit]:
+    best: dict[int, tuple[str, Overlap]] = {}
+    for message, text in _messages(conversation):
+        for number, overlap in index.overlaps(text).items():
+            if number not in best or overlap.share > best[number][1].share:
+                best[number] = message, overlap
+    for number, (message, overlap) in best.items():
+        benchmark, item = index.items[number]
+        shown = None if benchmark in UNSHOWN else overlap.words[:SHOWN_CHARS]
+        yield Hit(row, source, message, benchmark, item, overlap.kind, round(overlap.share, 3), shown)
+
+
+def _hits_of_batch(batch: dict[str, list[str]], rows: list[int], index: BenchmarkIndex) -> dict[str, list[str]]:
+    """The hits of some rows of a source as JSON texts: what crosses from a worker to us."""
+    pairs = zip(rows, batch["source"], batch["conversation"], strict=True)
+    found = [hit for row, source, text in pairs for hit in _hits(row, source, json.loads(text), index)]
+    return {"hit": [json.dumps(asdict(hit)) for hit in found]}
 
 
 def _without_boilerplate(found: Contamination) -> Contamination:
@@ -270,18 +286,36 @@ class KeptOut:
         """Texts by benchmark."""
         return dict(Counter(benchmark for benchmark, _, _ in self.texts))
 
-    def found_in(self, rows: Iterable[dict[str, Any]], cached: Path) -> Contamination:
+    def found_in(self, rows: datasets.Dataset, cached: Path, workers: int | None = None) -> Contamination:
         """The overlaps of a source's rows (`conversation`, JSON text, and `source`), found once and kept in a file.
 
-        Rows are read one by one: what is held in memory is the index and the hits.
+        Rows are read one by one: what is held in memory is the index and the hits. `workers` processes share them
+        (None: up to one a core, as far as there is work for them), with the same result for any number.
         """
         if cached.exists():
             return Contamination.from_json(json.loads(cached.read_text(encoding="utf-8")))
-        found = find_contamination(((row["source"], json.loads(row["conversation"])) for row in rows), self.index)
+        found = Contamination(len(rows), self.index.counts(), self._hits_in(rows, cached.parent, workers))
         draft = cached.with_name(f".{cached.name}.{os.getpid()}")
-        draft.write_text(json.dumps(found.to_json(), ensure_ascii=True), encoding="utf-8")
+        draft.write_text(json.dumps(_without_boilerplate(found).to_json(), ensure_ascii=True), encoding="utf-8")
         draft.replace(cached)
         return found
+
+    def _hits_in(self, rows: datasets.Dataset, folder: Path, workers: int | None) -> list[Hit]:
+        workers = workers or min(len(os.sched_getaffinity(0)), 1 + len(rows) // CONVERSATIONS_A_WORKER)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".scan-") as scratch:
+            found = rows.map(
+                partial(_hits_of_batch, index=self.index),
+                with_indices=True,
+                batched=True,
+                batch_size=100,
+                remove_columns=rows.column_names,
+                features=datasets.Features({"hit": datasets.Value("string")}),
+                num_proc=workers if workers > 1 else None,
+                cache_file_name=str(Path(scratch) / "hits.arrow"),
+                new_fingerprint="hits",
+                desc="Comparing with benchmarks",
+            )
+            return [Hit(**json.loads(text)) for text in found["hit"]]
 
 
 def kept_out(benchmarks: bool | Sequence[str] = True, data: str | Path | None = None) -> KeptOut | None:

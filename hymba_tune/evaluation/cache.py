@@ -1,33 +1,28 @@
 """Answers already computed, kept by what decides them: the model's weights, the prompt and the settings.
 
 One JSON line an answer, written as soon as it is known, so that a suite that was cut off goes on where it stopped. A
-line that a crash left half-written is dropped when the file is opened.
+line that a crash left half-written is dropped when the file is opened. Several processes write a file each, which one
+of them takes over.
 """
 
 import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import torch
 
 
 class AnswerCache:
-    """A mapping from `answer_key` to JSON values that lives in a file; in memory only if `path` is None.
+    """A mapping from `answer_key` to JSON values that lives in a file; in memory only if `path` is None."""
 
-    `known` is another such file, which is only read.
-    """
-
-    def __init__(self, path: Path | None, known: Path | None = None):
+    def __init__(self, path: Path | None):
         self._answers: dict[str, Any] = {}
-        if known is not None and known.exists():
-            with known.open(encoding="utf-8", errors="backslashreplace") as file:
-                self._read(file)
         self._file: TextIO | None = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a+", encoding="utf-8", errors="backslashreplace")
+            self._file = _opened(path, "a+")
             self._load(self._file)
 
     def get(self, key: str) -> Any | None:
@@ -35,6 +30,9 @@ class AnswerCache:
 
     def put(self, key: str, answer: Any) -> None:
         self._answers[key] = answer
+        self._write(key, answer)
+
+    def _write(self, key: str, answer: Any) -> None:
         if self._file is not None:
             self._file.write(json.dumps({"key": key, "answer": answer}, ensure_ascii=False) + "\n")
             self._file.flush()
@@ -43,34 +41,56 @@ class AnswerCache:
         if self._file is not None:
             self._file.close()
 
+    def take_over(self, part: Path) -> None:
+        """The answers of another process' file, which goes then."""
+        with _opened(part, "r") as file:
+            answers, _ = _whole_lines(file)
+        for key, answer in answers.items():
+            if key not in self._answers:
+                self.put(key, answer)
+        part.unlink()
+
     def _load(self, file: TextIO) -> None:
         """Reads the whole lines and cuts the file after the last of them."""
         file.seek(0)
-        file.seek(self._read(file))
+        self._answers, end = _whole_lines(file)
+        file.seek(end)
         file.truncate()
 
-    def _read(self, file: TextIO) -> int:
-        """Takes the whole lines in; returns where they end."""
-        end = 0
-        while line := file.readline():
-            if not line.endswith("\n"):
-                break
-            try:
-                entry = json.loads(line)
-                self._answers[entry["key"]] = entry["answer"]
-            except (ValueError, KeyError, TypeError):
-                break
-            end = file.tell()
-        return end
 
-    def take_over(self, part: Path) -> None:
-        """The answers of another process' file, which goes then."""
-        other = AnswerCache(part)
-        for key, answer in other._answers.items():
-            if key not in self._answers:
-                self.put(key, answer)
-        other.close()
-        part.unlink()
+class PartCache(AnswerCache):
+    """The file of one of several processes: it knows what `known` holds, and what it is given goes to `part` only.
+
+    All of them know the same, so that all see the same requests without an answer, of which each takes its share.
+    """
+
+    def __init__(self, known: Path, part: Path):
+        super().__init__(None)
+        if known.exists():
+            with _opened(known, "r") as file:
+                self._answers, _ = _whole_lines(file)
+        self._file = _opened(part, "w")
+
+    def put(self, key: str, answer: Any) -> None:
+        self._write(key, answer)
+
+
+def _opened(path: Path, mode: str) -> TextIO:
+    return cast(TextIO, path.open(mode, encoding="utf-8", errors="backslashreplace"))
+
+
+def _whole_lines(file: TextIO) -> tuple[dict[str, Any], int]:
+    """The answers of a file up to the first line that is broken, and where that line begins."""
+    answers: dict[str, Any] = {}
+    end = file.tell()
+    while (line := file.readline()).endswith("\n"):
+        try:
+            entry = json.loads(line)
+            answers[entry["key"]] = entry["answer"]
+        except (ValueError, KeyError, TypeError):
+            break
+        end = file.tell()
+    return answers, end
 
 
 def answer_key(kind: str, model: str, tokenizer: str, tokens: Sequence[int], settings: dict[str, Any]) -> str:

@@ -38,14 +38,10 @@ class Answer:
 
 @dataclass
 class Work:
-    """What was really computed (cached answers cost nothing)."""
+    """What was really computed (cached answers cost nothing); seconds on the clock, of the slowest process."""
 
     seconds: float = 0.0
     new_tokens: int = 0
-
-
-class ShareDone(Exception):
-    """A process has answered its share of a task's requests; the answers are in its cache."""
 
 
 @dataclass
@@ -54,8 +50,8 @@ class Engine:
 
     max_new_tokens: a cap on every task's own limit (a model that does not stop), or None.
     max_length: longest prompt plus answer; default the model's `max_position_embeddings`.
-    share: this process' part, where several fill their caches side by side; such a process only answers: it raises
-        ShareDone where all answers would be needed.
+    share: this process' part, where several fill their caches side by side. Such a process only answers: what the
+        others answer is blank here, and so its scores mean nothing.
     """
 
     model: Any
@@ -77,11 +73,6 @@ class Engine:
     @property
     def has_chat_template(self) -> bool:
         return bool(self.tokenizer.chat_template)
-
-    def start_counting(self) -> Work:
-        """The work done from now on."""
-        self.work = Work()
-        return self.work
 
     def settings(self) -> dict[str, Any]:
         """What, of all this, decides an answer."""
@@ -134,7 +125,7 @@ class Engine:
                 answer = Answer(found.text, len(found.token_ids), found.finish_reason, found.dropped_prompt_tokens)
                 yield position, asdict(answer)
 
-        return [Answer(**value) for value in self._once(keys, compute)]
+        return [Answer(**value) for value in self._once(keys, compute, asdict(Answer("", 0, "eos", 0)))]
 
     def loglikelihood(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
         """Likelihoods of (context, continuation) in order; each computed once for this model."""
@@ -149,13 +140,18 @@ class Engine:
                 share=self.share,
             )
 
-        return [(total, greedy) for total, greedy in self._once(keys, compute)]
+        return [(total, greedy) for total, greedy in self._once(keys, compute, (0.0, False))]
 
     def _key(self, kind: str, tokens: Sequence[int], settings: dict[str, Any]) -> str:
         return answer_key(kind, self.model_id, self.tokenizer_id, tokens, settings | {"length": self.length})
 
-    def _once(self, keys: Sequence[str], compute: Callable[[list[int]], Iterator[tuple[int, Any]]]) -> list[Any]:
-        """Each key's value; `compute` gets the indices of those without one, yields (position among them, value)."""
+    def _once(
+        self, keys: Sequence[str], compute: Callable[[list[int]], Iterator[tuple[int, Any]]], blank: Any
+    ) -> list[Any]:
+        """Each key's value; `compute` gets the indices of those without one, yields (position among them, value).
+
+        Of several processes' shares, `blank` stands for the others'.
+        """
         first: dict[str, int] = {}
         for index, key in enumerate(keys):
             first.setdefault(key, index)
@@ -164,10 +160,9 @@ class Engine:
         start = time.perf_counter()
         for position, value in compute(missing) if missing else ():
             self.cache.put(keys[missing[position]], value)
-            done += 1
+            done += self.share[1]  # the others are about as far
             if self.progress is not None:
-                self.progress(done, len(first))
+                self.progress(min(done, len(first)), len(first))
         self.work.seconds += time.perf_counter() - start
-        if self.share != WHOLE:
-            raise ShareDone
-        return [self.cache.get(key) for key in keys]
+        found = [self.cache.get(key) for key in keys]
+        return found if self.share == WHOLE else [blank if value is None else value for value in found]

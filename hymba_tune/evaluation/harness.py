@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def run_tasks(engine: Engine, tasks: Mapping[str, tuple[dict[str, Any], Splits]]
     from hymba_tune.evaluation.lm import HymbaLM
 
     random.seed(GLOBAL_SEED)
-    with _quiet():
+    with _quiet(), _templates_kept():
         built = {name: _build(name, config, splits) for name, (config, splits) in tasks.items()}
         model = HymbaLM(engine)
         results = evaluate(
@@ -115,6 +116,19 @@ def _quiet() -> Iterator[None]:
     finally:
         logger.setLevel(level)
         task_module.tqdm = bar
+
+
+@contextmanager
+def _templates_kept() -> Iterator[None]:
+    """lm-eval compiles a task's template again for every document and shot: most of its time."""
+    from lm_eval import utils
+
+    compile_template = utils.env.from_string
+    utils.env.from_string = lru_cache(maxsize=1024)(compile_template)
+    try:
+        yield
+    finally:
+        utils.env.from_string = compile_template
 
 
 def _samples(logged: Sequence[dict[str, Any]], task: Any, model: Any) -> Iterator[Sample]:

@@ -14,6 +14,8 @@ import torch
 
 from hymba_tune.errors import UserError
 from hymba_tune.evaluation.generate import WHOLE, Share, batches_by_budget, left_padded, shared
+from hymba_tune.model.cache import HymbaCache
+from hymba_tune.model.prefix_cache import PrefixCache
 
 Likelihood = tuple[float, bool]
 """(sum of the continuation's log-probabilities in nats, whether greedy decoding would produce it)"""
@@ -136,14 +138,22 @@ def _prefix_cache(model: Any, prefix: Row) -> Any:
     return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1).past_key_values
 
 
+def _for_rows(cache: Any, rows: int) -> Any:
+    """The cache of a prefix, for so many rows to continue; it stays as it is."""
+    if isinstance(cache, HymbaCache):
+        return PrefixCache.of(cache, rows)
+    copy = deepcopy(cache)
+    copy.batch_repeat_interleave(rows)
+    return copy
+
+
 @torch.inference_mode()
 def _score_batch(model: Any, rows: Sequence[Row], kept: int, prefix: int, cache: Any) -> torch.Tensor:
     """Log-probabilities (B, kept, V), float32, at the last `kept` positions of rows that continue `cache` (or None)."""
     input_ids, mask = left_padded(rows, pad_id=0, device=model.device)
     positions = prefix + (mask.cumsum(1) - 1).clamp(min=0)
     if cache is not None:
-        cache = deepcopy(cache)
-        cache.batch_select_indices(torch.zeros(len(rows), dtype=torch.long, device=model.device))
+        cache = _for_rows(cache, len(rows))
         mask = torch.cat([mask.new_ones(len(rows), prefix), mask], dim=1)
     output = model(
         input_ids=input_ids,

@@ -2,19 +2,23 @@
 
 A task's file is kept while its settings (model, tokenizer, protocol, data, limits) are the same; answers are kept one
 by one in `answers.jsonl` beside the files, so a suite that was cut off goes on with the next unanswered prompt.
+
+Several processes: each answers its share of every task's batches (`answer_share`), and then one takes the answers over
+and scores them (`run_suite`).
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hymba_tune.data.benchmarks import BenchmarkNotFound
-from hymba_tune.evaluation.cache import AnswerCache, text_fingerprint
+from hymba_tune.evaluation.cache import AnswerCache, PartCache, text_fingerprint
 from hymba_tune.evaluation.catalogue import Task, find_tasks
-from hymba_tune.evaluation.engine import Engine, ShareDone
+from hymba_tune.evaluation.engine import Engine, Work
 from hymba_tune.evaluation.generate import Share
 from hymba_tune.evaluation.harness import LmEvalNotInstalled
 from hymba_tune.evaluation.results import finished_result, not_run_result, read_result, write_result
@@ -52,21 +56,27 @@ def run_suite(
     Raises UserError for an unknown task or broken data. Data that is not there makes a result that says so.
     """
     found, out_dir = find_tasks(tasks), Path(out_dir)
+    spent = collect_shares(out_dir)
     cache = AnswerCache(out_dir / ANSWERS)
+    engine = Engine(model, tokenizer, cache, batch_tokens, max_new_tokens)
+    results = []
     try:
-        for part in sorted(out_dir.glob("answers-*.jsonl")):
-            cache.take_over(part)
-        engine = Engine(model, tokenizer, cache, batch_tokens, max_new_tokens)
-        return [_run_or_reuse(engine, name, task, out_dir, limit, data, progress) for name, task in found.items()]
+        for name, task in found.items():
+            engine.progress = partial(progress, name) if progress is not None else None
+            engine.work = spent.get(name, Work())
+            result = _run_or_reuse(engine, name, task, out_dir, limit, data)
+            write_result(out_dir / f"{name}.json", result)
+            results.append(result)
     finally:
         cache.close()
+    return results
 
 
 def answer_share(
     model: Any,
     tokenizer: Any,
     tasks: Sequence[str],
-    out_dir: Path,
+    out_dir: str | Path,
     share: Share,
     *,
     limit: int | None = None,
@@ -75,46 +85,55 @@ def answer_share(
     max_new_tokens: int | None = None,
     progress: TaskProgress | None = None,
 ) -> None:
-    """One of several processes' share of the answers, into a file of its own; run_suite takes them over and scores."""
-    cache = AnswerCache(out_dir / f"answers-{share[0]}.jsonl", out_dir / ANSWERS)
+    """One of several processes' answers to tasks, in a file of its own that run_suite takes over; else as run_suite.
+
+    Call collect_shares before the first of them starts, so that all of them find the same requests unanswered.
+    """
+    found, out_dir = find_tasks(tasks), Path(out_dir)
+    cache = PartCache(out_dir / ANSWERS, out_dir / f"answers-{share[0]}.jsonl")
     engine = Engine(model, tokenizer, cache, batch_tokens, max_new_tokens, share=share)
+    spent: dict[str, Any] = {}
     try:
-        for name, task in find_tasks(tasks).items():
+        for name, task in found.items():
             engine.progress = partial(progress, name) if progress is not None else None
-            with suppress(BenchmarkNotFound, LmEvalNotInstalled, ShareDone):
-                task.run(engine, task.rows(data), limit)
+            engine.work = Work()
+            _run_or_reuse(engine, name, task, out_dir, limit, data)
+            spent[name] = asdict(engine.work)
+            (out_dir / f"work-{share[0]}.json").write_text(json.dumps(spent), encoding="utf-8")
     finally:
         cache.close()
 
 
+def collect_shares(out_dir: Path) -> dict[str, Work]:
+    """Take over what processes left in `out_dir`: their answers, and each task's work, over all of them."""
+    cache, spent = AnswerCache(out_dir / ANSWERS), defaultdict(Work)
+    for part in sorted(out_dir.glob("answers-*.jsonl")):
+        cache.take_over(part)
+    cache.close()
+    for file in sorted(out_dir.glob("work-*.json")):
+        for name, work in json.loads(file.read_text(encoding="utf-8")).items():
+            spent[name].seconds = max(spent[name].seconds, work["seconds"])
+            spent[name].new_tokens += work["new_tokens"]
+        file.unlink()
+    return spent
+
+
 def _run_or_reuse(
-    engine: Engine,
-    name: str,
-    task: Task,
-    out_dir: Path,
-    limit: int | None,
-    data: str | Path | None,
-    progress: TaskProgress | None,
+    engine: Engine, name: str, task: Task, out_dir: Path, limit: int | None, data: str | Path | None
 ) -> Result:
-    path = out_dir / f"{name}.json"
+    """A task's result: the earlier one where it stands; engine.work is what was spent on it so far."""
     settings = engine.settings() | {"limit": limit}
     try:
         rows = task.rows(data)
     except (BenchmarkNotFound, LmEvalNotInstalled) as reason:
-        result = not_run_result(name, task.protocol, settings, str(reason))
-        write_result(path, result)
-        return result
+        return not_run_result(name, task.protocol, settings, str(reason))
     settings["data"] = text_fingerprint(json.dumps(rows, sort_keys=True, default=str))
-    earlier = read_result(path)
+    earlier = read_result(out_dir / f"{name}.json")
     if earlier and _stands(earlier, task, settings):
         return earlier
-    engine.progress = partial(progress, name) if progress is not None else None
-    work = engine.start_counting()
-    scores = task.run(engine, rows, limit)
+    scores, work = task.run(engine, rows, limit), engine.work
     result = finished_result(name, task.protocol, task.headline, settings, scores, work.seconds, work.new_tokens)
-    result["parts_not_run"] = task.missing(data)
-    write_result(path, result)
-    return result
+    return result | {"parts_not_run": task.missing(data)}
 
 
 def _stands(earlier: Result, task: Task, settings: dict[str, Any]) -> bool:

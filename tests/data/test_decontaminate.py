@@ -147,6 +147,22 @@ def test_overlaps_are_found_once_and_again_when_items_or_data_change(mix, tmp_pa
         mix_contamination(load_mix(tmp_path / "mix.yaml"), 0, KeptOut(TEXTS), tmp_path / "other")
 
 
+def test_any_number_of_processes_finds_the_same(tmp_path):
+    stock = "Useful for when you need to answer questions about current events; input should be a search query."
+    item = f"{stock} " + " ".join(f"word{n}" for n in range(60))
+    cycle = [LONG, stock, "Hello.", SHORT, f"Do: {item}", TEXTS[-1][2], "Good day."]
+    conversations = [("mine", user(cycle[n % 7])) for n in range(250)]
+    rows = datasets.Dataset.from_list(
+        [{"source": name, "conversation": json.dumps(one)} for name, one in conversations]
+    )
+    texts = [*TEXTS, ("bfcl_v2", "live_1", item)]
+    expected = find_contamination(conversations, BenchmarkIndex(texts))
+    assert (expected.dropped, expected.boilerplate) == (143, {("bfcl_v2", "live_1"): 36})
+    for workers in (1, 3):
+        assert KeptOut(texts).found_in(rows, tmp_path / f"{workers}.json", workers) == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.json", "3.json"]
+
+
 def test_a_source_that_holds_nothing_but_test_items_is_refused_with_their_benchmarks(mix, tmp_path):
     everything = [*TEXTS, ("mmlu", "1", "Good day."), ("ifeval", "1", "Hello.")]
     index = KeptOut(everything + [("mmlu", "2", f"{word} there my good old friend") for word in ("Hello", "Good")])

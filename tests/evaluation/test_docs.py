@@ -3,7 +3,9 @@
 import re
 
 import pytest
+import typer
 
+from hymba_tune.cli import app
 from hymba_tune.data.decontaminate import BOILERPLATE_CONVERSATIONS, EXACT_WORDS, NGRAM_WORDS, SHORT_WORDS
 from hymba_tune.evaluation import bfcl, bfcl_decode, bfcl_source, gsm8k, ifeval, own_items, rolebench, scorers
 from hymba_tune.evaluation.catalogue import SUITES, TASKS, find_tasks
@@ -19,6 +21,36 @@ def cells(heading: str) -> dict[str, list[str]]:
     assert table
     rows = [[cell.strip().strip("`") for cell in line.strip("|\n").split(" | ")] for line in table[1].splitlines()]
     return {row[0].strip("`").strip(): row[1:] for row in rows}
+
+
+COMMANDS = re.findall(r"^    hymba-tune ((?:eval|data check) .*(?:\n {8,}.*)*)", TEXT, re.MULTILINE)
+
+
+def parsed(command: str) -> dict[str, object]:
+    """What the command line makes of a command; in a synopsis, of all its options with a number for N."""
+    words = re.sub(r"\bN\b", "7", re.sub(r"[\[\]]", "", command)).split()
+    context: typer.Context | None = None
+    found = typer.main.get_command(app)
+    while isinstance(found, typer.core.TyperGroup):
+        context = found.make_context(words[0], [words[0]], parent=context, resilient_parsing=True)
+        found = found.commands[words.pop(0)]
+    return found.make_context("", words, parent=context).params
+
+
+def test_every_command_is_understood():
+    assert len(COMMANDS) >= 5
+    settings = [parsed(command) for command in COMMANDS]
+    tiny = next(one for one in settings if one.get("max_new_tokens") == 48)
+    assert (tiny["model"], tiny["suite"], str(tiny["data"])) == ("tiny", ["paper"], "benchmarks")
+    for one in settings:
+        find_tasks([name for name in one.get("suite") or [] if name != "SUITE"])
+
+
+def test_a_synopsis_names_every_option():
+    synopses = [command for command in COMMANDS if "[" in command]
+    assert len(synopses) == 2
+    for command in synopses:
+        assert None not in {name: value for name, value in parsed(command).items() if name != "tasks"}.values()
 
 
 def test_suites_and_their_tasks_are_the_catalogues():

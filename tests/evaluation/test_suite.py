@@ -13,7 +13,7 @@ from hymba_tune.evaluation.catalogue import SUITES, TASKS, Task, find_tasks
 from hymba_tune.evaluation.chat_task import ChatItem, Verdict, run_chat_task
 from hymba_tune.evaluation.engine import Engine
 from hymba_tune.evaluation.gsm8k import gsm8k_splits, run_gsm8k
-from hymba_tune.evaluation.suite import run_suite
+from hymba_tune.evaluation.suite import answer_share, collect_shares, run_suite
 
 pytest.importorskip("lm_eval")
 
@@ -121,6 +121,45 @@ def test_a_cut_suite_goes_on_with_the_next_prompt(tiny_hymba, character_tokenize
     fresh = gsm8k_result(tiny_hymba, character_tokenizer, tmp_path / "fresh", data)
     assert resumed["items"] == fresh["items"]
     assert len((out / "answers.jsonl").read_text().splitlines()) == 6
+
+
+def answer_shares(model: Any, tokenizer: Any, out: Path, data: Path, numbers: list[int]) -> None:
+    """What three processes of which only `numbers` come to their end leave behind: each prompt is a batch."""
+    collect_shares(out)
+    for number in numbers:
+        answer_share(
+            model, tokenizer, ["gsm8k"], out, (number, 3), data=data, max_new_tokens=12, batch_tokens=1, progress=None
+        )
+
+
+def test_shares_together_are_the_results_of_one_process(tiny_hymba, character_tokenizer, data, tmp_path, monkeypatch):
+    out = tmp_path / "eval"
+    answer_shares(tiny_hymba, character_tokenizer, out, data, [0, 1, 2])
+    lines = [len((out / f"answers-{number}.jsonl").read_text().splitlines()) for number in range(3)]
+    assert lines == [2, 2, 2]
+    with monkeypatch.context() as patched:
+        patched.setattr(type(tiny_hymba), "forward", lambda *args, **kwargs: pytest.fail("computed again"))
+        shared = gsm8k_result(tiny_hymba, character_tokenizer, out, data)
+    alone = gsm8k_result(tiny_hymba, character_tokenizer, tmp_path / "alone", data, batch_tokens=1)
+    clock = ("seconds", "tokens_per_second")
+    assert shared.keys() == alone.keys()
+    assert {k: v for k, v in shared.items() if k not in clock} == {k: v for k, v in alone.items() if k not in clock}
+    assert min(shared[name] for name in clock) > 0
+    assert sorted(path.name for path in out.iterdir()) == ["answers.jsonl", "gsm8k.json"]
+    sorted_lines = [sorted((folder / "answers.jsonl").read_text().splitlines()) for folder in (out, tmp_path / "alone")]
+    assert sorted_lines[0] == sorted_lines[1]
+
+
+def test_what_a_lost_process_left_is_shared_out_again(tiny_hymba, character_tokenizer, data, tmp_path):
+    out = tmp_path / "eval"
+    answer_shares(tiny_hymba, character_tokenizer, out, data, [0, 2])
+    with (out / "answers-2.jsonl").open("a") as file:
+        file.write('{"key": "half a li')
+    answer_shares(tiny_hymba, character_tokenizer, out, data, [1])
+    assert len((out / "answers.jsonl").read_text().splitlines()) == 4
+    assert len((out / "answers-1.jsonl").read_text().splitlines()) == 1  # the second of the two that were left
+    resumed = gsm8k_result(tiny_hymba, character_tokenizer, out, data)
+    assert resumed["items"] == gsm8k_result(tiny_hymba, character_tokenizer, tmp_path / "fresh", data)["items"]
 
 
 def test_batched_results_equal_one_prompt_at_a_time(tiny_hymba, character_tokenizer, data, tmp_path):

@@ -1,0 +1,48 @@
+"""Rows that share a beginning have the logits of rows computed alone, and leave the beginning as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hymba_tune.model import HymbaCache
+from hymba_tune.model.prefix_cache import PrefixCache
+from tests.model.models import CONFIGURATIONS, EXACT, random_ids, random_model, tiny_config
+
+PREFIX = 8
+"""More than two windows."""
+
+
+def prefilled(model, ids):
+    cache = HymbaCache(model.config)
+    model(ids, past_key_values=cache, use_cache=True)
+    return cache
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_rows_after_a_shared_beginning_equal_each_row_alone(name):
+    model = random_model(tiny_config(name))
+    prefix, rows, lengths = random_ids(1, PREFIX), random_ids(3, 7, seed=1), [7, 1, 4]
+    cache = prefilled(model, prefix)
+    before = [{key: t.clone() for key, t in layer.tensors().items()} for layer in cache.layers]
+    mask = torch.tensor([[1] * PREFIX + [0] * (7 - n) + [1] * n for n in lengths])
+    for _ in range(2):  # the second time from the same cache
+        shared = PrefixCache.of(cache, 3)
+        together = model(rows, attention_mask=mask, past_key_values=shared, use_cache=True).logits
+        for row, n in enumerate(lengths):
+            alone = model(torch.cat([prefix, rows[row : row + 1, 7 - n :]], 1), use_cache=False).logits
+            torch.testing.assert_close(together[row, 7 - n :], alone[0, PREFIX:], **EXACT)
+    assert (cache.slots, cache.batch_size) == (PREFIX, 1)
+    for layer, held in zip(cache.layers, before, strict=True):
+        assert all(torch.equal(t, held[key]) for key, t in layer.tensors().items())
+
+
+@torch.no_grad()
+def test_only_one_row_without_padding_can_be_shared():
+    model = random_model(tiny_config())
+    padded, mask = HymbaCache(model.config), torch.tensor([[0, 1, 1]])
+    model(random_ids(1, 3), attention_mask=mask, past_key_values=padded, use_cache=True)
+    for cache in (HymbaCache(model.config), prefilled(model, random_ids(2, 3)), padded):
+        with pytest.raises(ValueError, match="one row without padding"):
+            PrefixCache.of(cache, 2)
