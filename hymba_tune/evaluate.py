@@ -25,7 +25,7 @@ from hymba_tune.evaluation.harness import LmEvalNotInstalled
 from hymba_tune.evaluation.suite import answer_share, collect_shares, run_suite
 from hymba_tune.launch import launch
 from hymba_tune.topology import Topology, find_config
-from hymba_tune.weights import find_weights, load_weights
+from hymba_tune.weights import find_weights, load_weights, own_device
 
 
 def evaluate(
@@ -80,8 +80,7 @@ def _check_rows(tasks: Mapping[str, Task], data: Path | None) -> None:
 def _with_progress(work: Callable[..., Any], name: str, tasks: str, out_dir: str, settings: str) -> Any:
     """`work` on the model of a request, whose tasks and settings are JSON, on this process' device."""
     weights, names = find_weights(name), json.loads(tasks)
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_weights(weights, device).eval(), load_tokenizer(weights.tokenizer)
+    model, tokenizer = load_weights(weights, own_device()).eval(), load_tokenizer(weights.tokenizer)
     with Progress(transient=True) as progress:
         bars = {task: progress.add_task(task, total=None) for task in find_tasks(names)}
 

@@ -35,6 +35,7 @@ from hymba_tune.weights import (
     find_weights,
     folder_fingerprint,
     load_weights,
+    own_device,
     parent_run,
     save_weights,
     stage_weights,
@@ -436,7 +437,7 @@ def _evaluate(recipe: Recipe, run: RunDir, moment: Moment) -> None:
             bar.update(bars[task], completed=finished)
 
         run_suite(
-            load_weights(weights).eval(),
+            load_weights(weights, own_device()).eval(),
             load_tokenizer(weights.source if moment == "after" else _tokenizer_name(recipe)),
             settings.suites,
             run.evaluation(moment),

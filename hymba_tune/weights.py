@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -117,6 +118,13 @@ def load_weights(weights: Weights, device: Any = "cpu", changes: Mapping[str, An
 
         model = merge_adapter(load_adapter(model, adapter))
     return model
+
+
+def own_device() -> str:
+    """Where this process computes: on the GPU of its local rank, else on the CPU."""
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
 @contextmanager

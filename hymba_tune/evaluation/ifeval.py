@@ -160,6 +160,7 @@ def _item(sample: Sample) -> Row:
         "target": names,
         "verdict": {f"prompt_{mode}": float(all(followed[mode])) for mode in MODES} | followed,
         "why": (f"not followed: {', '.join(missed)}" if missed else "all followed") + cut,
+        "finish_reason": sample.finish_reason,
         "dropped_prompt_tokens": sample.dropped_prompt_tokens,
     }
 

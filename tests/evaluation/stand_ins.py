@@ -84,7 +84,7 @@ def _bfcl(folder: Path) -> None:
             "parameters": {"type": "dict", "properties": {"city": city}, "required": ["city"]},
         }
         question = [{"role": "user", "content": f"How is {category} weather in Rome?"}]
-        item = {"id": f"{category}_0", "question": [question], "function": [function]}
+        item = {"id": f"{category}_0", "question": question, "function": [function]}
         _write_lines(folder / f"BFCL_v2_{category}.json", [item])
         truth = {"id": f"{category}_0", "ground_truth": [{"weather.get": {"city": ["Rome"]}}]}
         _write_lines(folder / "possible_answer" / f"BFCL_v2_{category}.json", [truth])
