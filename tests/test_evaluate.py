@@ -79,7 +79,7 @@ def test_two_processes_give_the_results_of_one(weights, tmp_path):
     from hymba_tune.evaluate import evaluate
 
     task = tmp_path / "mine.jsonl"
-    rows = [{"prompt": f"{n} " + "word " * 2000, "target": "x"} for n in range(12)]  # two batches
+    rows = [{"prompt": f"{n} " + "word " * 2000, "target": "x"} for n in range(9)]  # two batches
     task.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for processes in (1, 2):
         out = tmp_path / str(processes)

@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +41,15 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write_stand_ins(tmp_path / "data")
 
 
-def run(tiny: tuple[Any, Any], out: Path, data: Path, **settings: Any) -> Results:
-    results = run_suite(*tiny, list(TASKS), out, data=data, limit=2, **settings)
+def run(tiny: tuple[Any, Any], tasks: Iterable[str], out: Path, data: Path, **settings: Any) -> Results:
+    results = run_suite(*tiny, list(tasks), out, data=data, limit=2, **settings)
     assert not [result["not_run"] for result in results if result["not_run"]]
     return {result["task"]: result for result in results}
 
 
 def test_a_batch_of_64_gives_the_answers_of_batches_of_1_in_every_task(tiny, data, tmp_path):
-    together = run(tiny, tmp_path / "64", data, max_new_tokens=4, batch_tokens=64 * 2048)
-    alone = run(tiny, tmp_path / "1", data, max_new_tokens=4, batch_tokens=1)
+    together = run(tiny, TASKS, tmp_path / "64", data, max_new_tokens=4, batch_tokens=64 * 2048)
+    alone = run(tiny, TASKS, tmp_path / "1", data, max_new_tokens=4, batch_tokens=1)
     assert together.keys() == alone.keys() == TASKS.keys()
     for task, result in together.items():
         assert result["metrics"] == alone[task]["metrics"], task
@@ -102,17 +102,15 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_hostile_answers_are_scored_in_every_task_and_never_run(tiny, data, tmp_path, monkeypatch, kind):
+def test_hostile_answers_are_scored_in_every_benchmark_and_never_run(tiny, data, tmp_path, monkeypatch, kind):
     ran, began = tmp_path / "ran", time.process_time()
     text = HOSTILE[kind].replace("{}", str(ran))
     answers(monkeypatch, text)
-    results = run(tiny, tmp_path / "out", data, max_new_tokens=4)
-    assert time.process_time() - began < 60
+    results = run(tiny, ["gsm8k", *LIMITS], tmp_path / "out", data, max_new_tokens=4)
+    assert time.process_time() - began < 30
     assert not ran.exists()
     for task, result in results.items():
         assert all(0 <= metric["value"] <= 1 for metric in result["metrics"].values())
         assert json.loads((tmp_path / "out" / f"{task}.json").read_text(encoding="utf-8"))["items"]
-        answered = [item for item in result["items"] if not _LIKELIHOOD.search(item["answer"])]
-        assert all(item["answer"] == text for item in answered)
-        if kind == "nothing" and answered:
-            assert "answers are empty" in result["suspect"]
+        assert all(item["answer"] == text for item in result["items"])
+        assert ("answers are empty" in (result["suspect"] or "")) == (kind == "nothing")
