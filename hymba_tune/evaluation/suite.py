@@ -106,7 +106,8 @@ def answer_share(
 
 def collect_shares(out_dir: Path) -> dict[str, Work]:
     """Take over what processes left in `out_dir`: their answers, and each task's work, over all of them."""
-    cache, spent = AnswerCache(out_dir / ANSWERS), defaultdict(Work)
+    cache = AnswerCache(out_dir / ANSWERS)
+    spent: dict[str, Work] = defaultdict(Work)
     for part in sorted(out_dir.glob("answers-*.jsonl")):
         cache.take_over(part)
     cache.close()

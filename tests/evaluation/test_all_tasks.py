@@ -35,6 +35,11 @@ def tiny() -> tuple[Any, Any]:
     return load_model(tiny_path()).eval(), load_tokenizer(tiny_path())
 
 
+def run_one(tiny: tuple[Any, Any], task: str, out: Path, data: Path) -> dict[str, Any]:
+    [result] = run_suite(tiny[0], tiny[1], [task], out, data=data)
+    return result
+
+
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(nltk.data, "path", [*nltk.data.path])  # the stand-in must not stay on it
@@ -42,7 +47,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(tiny: tuple[Any, Any], tasks: Iterable[str], out: Path, data: Path, **settings: Any) -> Results:
-    results = run_suite(*tiny, list(tasks), out, data=data, limit=2, **settings)
+    results = run_suite(tiny[0], tiny[1], list(tasks), out, data=data, limit=2, **settings)
     assert not [result["not_run"] for result in results if result["not_run"]]
     return {result["task"]: result for result in results}
 
@@ -78,14 +83,14 @@ LIMITS |= dict.fromkeys(rolebench.PROTOCOLS, 512)
 @pytest.mark.parametrize("task", LIMITS)
 def test_a_model_that_never_stops_ends_at_the_tasks_limit_and_is_counted(tiny, data, tmp_path, monkeypatch, task):
     limits = answers(monkeypatch, "on and on ")
-    [result] = run_suite(*tiny, [task], tmp_path, data=data)
+    result = run_one(tiny, task, tmp_path, data)
     assert set(limits) == {LIMITS[task]}
     assert result["cut_answers"] == len(result["items"]) > 0
 
 
 def test_gsm8k_leaves_an_endless_answer_what_the_model_holds_beside_its_prompt(tiny, data, tmp_path, monkeypatch):
     limits = answers(monkeypatch, "on and on ")
-    run_suite(*tiny, ["gsm8k"], tmp_path, data=data)
+    run_one(tiny, "gsm8k", tmp_path, data)
     assert all(256 <= limit < tiny[0].config.max_position_embeddings for limit in limits)
 
 

@@ -1,6 +1,7 @@
 """docs/evaluation.md says what the code does: its names, its example and its limits."""
 
 import re
+from typing import Any
 
 import pytest
 import typer
@@ -26,15 +27,16 @@ def cells(heading: str) -> dict[str, list[str]]:
 COMMANDS = re.findall(r"^    hymba-tune ((?:eval|data check) .*(?:\n {8,}.*)*)", TEXT, re.MULTILINE)
 
 
-def parsed(command: str) -> dict[str, object]:
+def parsed(command: str) -> dict[str, Any]:
     """What the command line makes of a command; in a synopsis, of all its options with a number for N."""
     words = re.sub(r"\bN\b", "7", re.sub(r"[\[\]]", "", command)).split()
-    context: typer.Context | None = None
-    found = typer.main.get_command(app)
+    context: Any = None
+    found: Any = typer.main.get_command(app)
     while isinstance(found, typer.core.TyperGroup):
         context = found.make_context(words[0], [words[0]], parent=context, resilient_parsing=True)
         found = found.commands[words.pop(0)]
-    return found.make_context("", words, parent=context).params
+    params: dict[str, Any] = found.make_context("", words, parent=context).params
+    return params
 
 
 def test_every_command_is_understood():
