@@ -203,9 +203,7 @@ class Lead:
 
     def _leave(self) -> None:
         for link in self._links.values():
-            with contextlib.suppress(ConnectionError):
-                link.send(over=True)
-            link.close()
+            _part(link)
 
     def _gather(self, server: socket.socket) -> None:
         deadline = time.monotonic() + self._patience
@@ -239,7 +237,7 @@ class Lead:
         elif known is not None:
             problem = f"NODE_RANK: {machine} is that of {self._names[machine]} already; give each machine its own"
         if problem:
-            link.close()
+            _part(link)
             raise UserError(f"machine {machine} ({name}): {problem}")
         self._links[machine], self._names[machine] = link, name
 
@@ -359,6 +357,13 @@ def _failure(value: object) -> Failure | None:
     if not isinstance(value, dict):
         return None
     return Failure(float(value["time"]), str(value["message"]), bool(value["user_error"]))
+
+
+def _part(link: _Link) -> None:
+    """Close a connection with a word, so that the other side does not take it for a crash."""
+    with contextlib.suppress(ConnectionError):
+        link.send(over=True)
+    link.close()
 
 
 def _is_gone(link: _Link) -> bool:
