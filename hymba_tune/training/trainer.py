@@ -23,7 +23,7 @@ from hymba_tune.run_dir import RunDir
 from hymba_tune.training.callbacks import AdapterAudit, EarlyWarnings, MetricsFile, ProgressBar, TokenMeter
 from hymba_tune.training.distributed import set_up_deepspeed
 from hymba_tune.training.guards import FiniteSteps, require_checkpoint_space
-from hymba_tune.training.watchdog import StepWatchdog
+from hymba_tune.training.watchdog import TIMEOUT_MARGIN_SECONDS, StepWatchdog
 
 # Decay pulls towards zero: wrong for decay rates, skips, norms, biases and the learned meta tokens.
 _NOT_DECAYED = re.compile(r"(A_log|(^|\.)D\.\d|norm|bias|memory_tokens|lora_magnitude)")
@@ -139,6 +139,7 @@ def make_arguments(kind: type, recipe: Recipe, run: RunDir, **own: Any) -> Any:
         "save_steps": 100,
         "save_total_limit": 2,
         "report_to": "none",
+        "ddp_timeout": math.ceil(60 * recipe.launch.step_timeout) + TIMEOUT_MARGIN_SECONDS,
         **own,
         "seed": recipe.data.seed,
         "per_device_eval_batch_size": recipe.trainer.per_device_train_batch_size,

@@ -18,6 +18,8 @@ LOOK_SECONDS = 1.0
 """How often it looks."""
 PATIENCE_SECONDS = 30.0
 """How long it waits for what other processes have to say: their last step may have ended a little later."""
+TIMEOUT_MARGIN_SECONDS = 600
+"""How much longer torch waits in one collective: its own message names neither ranks nor places, so it comes second."""
 
 
 class StepWatchdog(TrainerCallback):
