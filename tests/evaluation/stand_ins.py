@@ -93,12 +93,6 @@ def _bfcl(folder: Path) -> None:
 def _rolebench(folder: Path) -> None:
     for task in rolebench.FOLDERS.values():
         for part in rolebench.PARTS.values():
-            rows = [
-                {
-                    "role": "Sherlock",
-                    "question": f"Who{' are you' * (n + 1)}?",
-                    "generated": ["A detective.", "Holmes."],
-                }
-                for n in range(2)
-            ]
-            _write_lines(folder / task / part, rows)
+            item = {"role": "Sherlock", "generated": ["A detective.", "Holmes."]}
+            questions = [f"Who{' are you' * n} of {task}?" for n in (1, 2)]
+            _write_lines(folder / task / part, [item | {"question": question} for question in questions])

@@ -57,11 +57,42 @@ def test_a_batch_of_64_gives_the_answers_of_batches_of_1_in_every_task(tiny, dat
     alone = run(tiny, TASKS, tmp_path / "1", data, max_new_tokens=4, batch_tokens=1)
     assert together.keys() == alone.keys() == TASKS.keys()
     for task, result in together.items():
+        holds_what_a_result_must(task, result)
         assert result["metrics"] == alone[task]["metrics"], task
         for item, other in zip(result["items"], alone[task]["items"], strict=True):
             assert _LIKELIHOOD.sub("", str(item)) == _LIKELIHOOD.sub("", str(other))
             numbers = [[float(text) for text in _LIKELIHOOD.findall(one["answer"])] for one in (item, other)]
             assert numbers[0] == pytest.approx(numbers[1], abs=TOLERANCE)
+
+
+LIKELIHOODS = {"gpqa", "mmlu", "mmlu_upstream"}
+ITEM = {"id", "prompt_sha256", "prompt", "answer", "extracted", "target", "verdict", "why", "dropped_prompt_tokens"}
+
+
+def holds_what_a_result_must(task: str, result: dict[str, Any]) -> None:
+    assert re.search(r" v\d+$", result["protocol"])
+    assert result["headline"] in result["metrics"]
+    assert all(metric.keys() == {"value", "n", "stderr"} for metric in result["metrics"].values())
+    assert {"model", "tokenizer", "chat_template", "dtype", "max_length", "limit", "data"} <= result["settings"].keys()
+    assert {"torch", "transformers"} <= result["packages"].keys()
+    assert result["seconds"] > 0
+    generated = any(item["answer"] for item in result["items"]) and task not in LIKELIHOODS
+    assert (result["tokens_per_second"] or 0) > 0 if generated else result["tokens_per_second"] is None
+    for item in result["items"]:
+        assert item.keys() >= (ITEM if task in LIKELIHOODS else ITEM | {"finish_reason"})
+        assert len(item["prompt_sha256"]) == 64
+        assert item["why"]
+        assert (item["prompt"] is None) == (task == "gpqa")
+
+
+def test_without_files_every_benchmark_says_how_to_get_them_and_has_no_score(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(nltk.data, "path", [])
+    (tmp_path / "empty").mkdir()
+    here = [name for name in TASKS if not name.startswith("tiny_")]
+    results = run_suite(tiny[0], tiny[1], here, tmp_path / "out", data=tmp_path / "empty")
+    for result in results:
+        assert re.search(r"\bget (it|them) from |nltk\.downloader", result["not_run"])
+        assert (result["metrics"], result["items"], result["suspect"]) == ({}, [], None)
 
 
 def answers(monkeypatch: pytest.MonkeyPatch, text: str) -> list[int]:
