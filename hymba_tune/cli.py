@@ -136,6 +136,9 @@ def evaluate(
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the results go (runs/eval/MODEL).")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes that share the work, one a GPU.")] = 1,
+    batch_tokens: Annotated[
+        int, typer.Option(min=1, help="Most tokens of a batch: for speed and memory, not answers.")
+    ] = 16_384,
 ) -> None:
     """Score weights on benchmarks, outside a run. Answers already given are not asked for again."""
     from hymba_tune.hub import check_hub
@@ -147,7 +150,8 @@ def evaluate(
     if not wanted:
         raise UserError("eval: nothing to score; add --suite paper, or another suite, task or file")
     folder = out or Path("runs/eval") / Path(model).name
-    evaluate(model, wanted, folder, limit=limit, data=data, max_new_tokens=max_new_tokens, processes=processes)
+    settings = {"limit": limit, "data": data, "max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens}
+    evaluate(model, wanted, folder, processes=processes, **settings)
 
 
 @app.command()

@@ -22,7 +22,7 @@ from hymba_tune.data.chat import load_tokenizer
 from hymba_tune.errors import UserError
 from hymba_tune.evaluation.catalogue import Task, find_tasks
 from hymba_tune.evaluation.harness import LmEvalNotInstalled
-from hymba_tune.evaluation.suite import answer_share, collect_shares, run_suite
+from hymba_tune.evaluation.suite import BATCH_TOKENS, answer_share, collect_shares, run_suite
 from hymba_tune.launch import launch
 from hymba_tune.topology import Topology, find_config
 from hymba_tune.weights import find_weights, load_weights, own_device
@@ -36,6 +36,7 @@ def evaluate(
     limit: int | None,
     data: Path | None,
     max_new_tokens: int | None,
+    batch_tokens: int = BATCH_TOKENS,
     processes: int = 1,
 ) -> None:
     """Run tasks on the weights called `name`, write a file a task into `out_dir` and print the scores.
@@ -44,19 +45,30 @@ def evaluate(
 
     Raises UserError for unknown tasks, unusable weights and more processes than GPUs; nothing is written then.
     """
-    settings = {"limit": limit, "data": None if data is None else str(data), "max_new_tokens": max_new_tokens}
+    settings = {"limit": limit, "data": None if data is None else str(data)}
+    settings |= {"max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens}
     request = [name, json.dumps(list(tasks)), str(out_dir), json.dumps(settings)]
     found, _ = find_tasks(tasks), find_weights(name)
     if processes > 1:
         _check_processes(processes)
         _check_rows(found, data)
-        collect_shares(out_dir)
-        launch(
-            "hymba_tune.evaluate:evaluate_share", request, Topology(find_config("ddp"), processes), out_dir / "ranks"
-        )
-        shutil.rmtree(out_dir / "ranks")
+        _share_out(request, out_dir, processes)
     results = _with_progress(run_suite, *request)
     Console().print(_table(results), f"\n{escape(str(out_dir))}")
+
+
+def _share_out(request: Sequence[str], out_dir: Path, processes: int) -> None:
+    """Have several processes answer a request into `out_dir`; what one raised before any answer leaves nothing."""
+    fresh, reports = not out_dir.exists(), out_dir / "ranks"
+    collect_shares(out_dir)
+    try:
+        launch("hymba_tune.evaluate:evaluate_share", request, Topology(find_config("ddp"), processes), reports)
+    except UserError:
+        answered = any(part.stat().st_size for part in out_dir.glob("answers*.jsonl"))
+        if fresh and not answered and any(reports.glob("rank-*.json")):
+            shutil.rmtree(out_dir)
+        raise
+    shutil.rmtree(reports)
 
 
 def evaluate_share(*request: str) -> None:

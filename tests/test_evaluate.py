@@ -92,6 +92,24 @@ def test_two_processes_give_the_results_of_one(weights, tmp_path):
     assert sorted(path.name for path in (tmp_path / "2").iterdir()) == ["answers.jsonl", "mine.json"]
 
 
+@pytest.mark.parametrize("answered", [False, True])
+def test_what_a_process_refuses_before_any_answer_leaves_nothing(weights, tmp_path, monkeypatch, answered):
+    from hymba_tune import evaluate
+
+    out = tmp_path / "out"
+
+    def refuse(function: str, request: list[str], topology: Any, reports: Path) -> None:
+        reports.mkdir(parents=True)
+        (reports / "rank-1.json").write_text("{}")
+        (out / "answers-1.jsonl").write_text("{}\n" if answered else "")
+        raise UserError("model broken: no weights")
+
+    monkeypatch.setattr(evaluate, "launch", refuse)
+    with pytest.raises(UserError, match="no weights"):
+        evaluate.evaluate(str(weights), ["tiny_math"], out, limit=1, data=None, max_new_tokens=1, processes=2)
+    assert out.exists() == answered
+
+
 def test_a_broken_file_is_found_before_processes_start(weights, tmp_path):
     from hymba_tune.evaluate import evaluate
 

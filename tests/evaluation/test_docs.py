@@ -11,6 +11,7 @@ from hymba_tune.data.decontaminate import BOILERPLATE_CONVERSATIONS, EXACT_WORDS
 from hymba_tune.evaluation import bfcl, bfcl_decode, bfcl_source, gsm8k, ifeval, own_items, rolebench, scorers
 from hymba_tune.evaluation.catalogue import SUITES, TASKS, find_tasks
 from hymba_tune.evaluation.own_items import own_rows
+from hymba_tune.evaluation.suite import BATCH_TOKENS
 from hymba_tune.paths import REPOSITORY
 
 TEXT = (REPOSITORY / "docs" / "evaluation.md").read_text(encoding="utf-8")
@@ -95,6 +96,7 @@ def test_scorers_are_those_that_there_are_and_the_example_is_a_task(tmp_path):
         ("parses 100,000", bfcl_decode.MAX_ANSWER_CHARS),
         ("8,192 of Java", bfcl_source.MAX_SOURCE_CHARS),
         ("at most 1,024 new", own_items.MAX_NEW_TOKENS),
+        ("computed together, 16,384 unless", BATCH_TOKENS),
         ("(5 words or more)", EXACT_WORDS),
         ("or 13 consecutive", NGRAM_WORDS),
         ("item of 8 to 12", SHORT_WORDS),
