@@ -150,8 +150,16 @@ def evaluate(
     if not wanted:
         raise UserError("eval: nothing to score; add --suite paper, or another suite, task or file")
     folder = out or Path("runs/eval") / Path(model).name
-    settings = {"limit": limit, "data": data, "max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens}
-    evaluate(model, wanted, folder, processes=processes, **settings)
+    evaluate(
+        model,
+        wanted,
+        folder,
+        limit=limit,
+        data=data,
+        max_new_tokens=max_new_tokens,
+        batch_tokens=batch_tokens,
+        processes=processes,
+    )
 
 
 @app.command()
