@@ -21,7 +21,7 @@ from hymba_tune.launch import check_packages
 from hymba_tune.pipeline import load_pipeline
 
 WORD = re.compile(r"[A-Za-z0-9@:._,+=/%\[\]()&|*-]+")
-"""What a value of SLURM looks like: no space, quote or control character, and so one word in any shell's comment."""
+"""What a value of SLURM looks like: it holds no space, quote or control character, so a #SBATCH line keeps it whole."""
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SET_HERE = ("launch.machines", "launch.processes")
 
