@@ -38,7 +38,7 @@ NGRAM_WORDS = 13
 BOILERPLATE_CONVERSATIONS = 10
 BOILERPLATE_SHARE = 0.5
 
-CONVERSATIONS_A_WORKER = 2500
+CONVERSATIONS_A_WORKER = 5000
 """Fewer are compared faster than another process starts."""
 
 UNSHOWN = frozenset({"gpqa"})
