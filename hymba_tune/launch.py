@@ -219,8 +219,8 @@ def _killed(rank: int, code: int, reports: Path) -> Failure | None:
     if code >= 0 or code in _ENDED_BY_US:
         return None
     name = signal.Signals(-code).name
-    hint = " (out of memory, as a rule: lower trainer.per_device_train_batch_size or data.max_length, or take "
-    hint += "another launch.config)"
+    hint = " (out of memory, as a rule: a run takes less with a lower trainer.per_device_train_batch_size or "
+    hint += "data.max_length or another launch.config, an evaluation with a lower --batch-tokens)"
     return Failure(
         0, f"rank {rank} was ended by {name}{hint if name == 'SIGKILL' else ''}; logs in {reports}", user_error=True
     )
