@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,14 +86,21 @@ def write_pipeline(folder: Path, tokenizer: Any) -> Path:
     return path
 
 
-def start(pipeline: Path, runs: Path, moment: Moment | None = None, timeline: Path | None = None) -> int:
+def start(
+    pipeline: Path,
+    runs: Path,
+    moment: Moment | None = None,
+    timeline: Path | None = None,
+    prepare: Callable[[], None] | None = None,
+) -> int:
     """Run the pipeline in a process of its own, killed at a moment (None: not at all); its exit code, -9 if killed.
 
     timeline: gets the seconds at which each file operation began, as JSON.
+    prepare: a module's function that the process calls first.
     """
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(PRELOAD)
-    process = server.Process(target=_run, args=(pipeline, runs, moment, timeline))
+    process = server.Process(target=_run, args=(pipeline, runs, moment, timeline, prepare))
     process.start()
     process.join()
     assert process.exitcode is not None
@@ -113,7 +121,9 @@ def results(runs: Path) -> dict[str, Any]:
     return found
 
 
-def _run(pipeline: Path, runs: Path, moment: Moment | None, timeline: Path | None) -> None:
+def _run(
+    pipeline: Path, runs: Path, moment: Moment | None, timeline: Path | None, prepare: Callable[[], None] | None
+) -> None:
     import torch
 
     from hymba_tune.pipeline import load_pipeline, run_pipeline
@@ -122,6 +132,8 @@ def _run(pipeline: Path, runs: Path, moment: Moment | None, timeline: Path | Non
     os.dup2(silence, 1)
     os.dup2(silence, 2)
     torch.set_num_threads(1)
+    if prepare is not None:
+        prepare()
     times: list[float] = []
     began, folder = time.monotonic(), f"{runs}{os.sep}"
 

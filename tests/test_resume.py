@@ -1,6 +1,7 @@
 """Killed at any moment, the same command ends with the same weights, metrics and answers, bit for bit."""
 
 import json
+import os
 import random
 import signal
 from itertools import pairwise
@@ -57,6 +58,43 @@ def test_a_pipeline_killed_again_and_again_ends_as_if_it_had_not_been(
     assert killed >= 3
     assert start(pipeline, runs) == 0
     assert_the_same(expected, results(runs))
+
+
+def in_small_parts() -> None:
+    """Reference log-probabilities of 8 pairs at a time, of the 20 that DPO trains on."""
+    from hymba_tune.training import dpo
+
+    dpo.REFERENCE_PART = 8
+
+
+def killed_between_parts() -> None:
+    """In small parts, and the end comes when the first is written and the second is to be computed."""
+    from trl import DPOTrainer
+
+    in_small_parts()
+    compute: Any = DPOTrainer._precompute_ref_logps
+    calls = []
+
+    def killed(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return compute(*arguments)
+
+    DPOTrainer._precompute_ref_logps = killed  # type: ignore[method-assign]
+
+
+def test_a_kill_between_two_parts_of_the_reference_costs_neither_the_first_nor_a_bit_of_the_weights(
+    pipeline: Path, uninterrupted: tuple[dict[str, Any], list[float]]
+) -> None:
+    runs = pipeline.parent / "parts"
+    assert start(pipeline, runs, prepare=killed_between_parts) == -signal.SIGKILL
+    (first,) = (runs / "second" / "rows").glob("cache-*.arrow")
+    written = first.stat().st_mtime_ns
+    assert start(pipeline, runs, prepare=in_small_parts) == 0
+    assert len(list((runs / "second" / "rows").glob("cache-*.arrow"))) == 3
+    assert first.stat().st_mtime_ns == written
+    assert_the_same(uninterrupted[0], results(runs))
 
 
 @pytest.mark.full

@@ -144,6 +144,30 @@ def test_documents_longer_than_every_row_leave_no_run(recipe_file: Path) -> None
     assert not (recipe_file.parent / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("long", "too_long", "said"),
+    [
+        (2, "drop", None),  # 4 %
+        (3, "drop", "6% of the documents are dropped (3 of 51): see the dropped_ counts in data.json"),
+        (3, "truncate", "6% of the documents are cut at the end (3 of 51): raise data.max_length"),
+    ],
+)
+def test_over_five_percent_of_the_documents_dropped_or_cut_is_said_before_training(
+    recipe_file: Path, long: int, too_long: str, said: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    question = {"role": "user", "content": "How many?"}
+    row = {"messages": [question, {"role": "assistant", "content": "There are 12. " * 60}]}
+    with (recipe_file.parent / "chats.jsonl").open("a") as file:
+        file.write((json.dumps(row) + "\n") * long)
+    settings = [f"data.too_long={too_long}", "trainer.max_steps=1", "eval.suites=[]"]
+    run = run_stage(load_recipe(recipe_file, settings))
+    warnings = [warning["message"] for warning in run.read_json(run.warnings) or []]
+    assert [message.startswith(said or "") for message in warnings] == ([] if said is None else [True])
+    error = capsys.readouterr().err
+    assert ("warning: data: " in error) is (said is not None)
+    assert (said or "") in error
+
+
 def test_an_unknown_suite_is_refused_before_anything_is_written(recipe_file: Path) -> None:
     with pytest.raises(UserError, match=r"no suite or task nonsense"):
         run_stage(load_recipe(recipe_file, ["eval.suites=[nonsense]"]))

@@ -251,6 +251,19 @@ def test_a_cut_run_ends_with_the_same_weights_and_metrics(
     assert len(kept) == settings.get("precompute_ref_log_probs", True), "computed once, read by every later start"
 
 
+def test_a_loss_of_zero_is_said_once(
+    model: HymbaForCausalLM, tokenizer: Any, pairs: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A hinge is at rest as soon as the margin of the one pair there is passes 1 / beta."""
+    train(model, tokenizer, pairs.select([0] * 24), tmp_path, loss_type="hinge", beta=100.0, logging_steps=1)
+    losses = [line["loss"] for line in metrics(tmp_path)]
+    assert losses[0] == 1
+    (warning,) = json.loads((tmp_path / "warnings.json").read_text())
+    message = f"the loss is 0 at step {losses.index(0) + 1}: has any token a label?"
+    assert warning == {"stage_step": "training", "message": message}
+    assert capsys.readouterr().err.count("the loss is 0") == 1
+
+
 def _with(callback: Any) -> Any:
     class WithCallback(HymbaDPOTrainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
