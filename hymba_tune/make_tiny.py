@@ -1,9 +1,9 @@
 """The command that makes the embedded model anew (see tiny.py):
 
-    python -m hymba_tune.make_tiny            (about 20 minutes on one core)
+    python -m hymba_tune.make_tiny            (about 37 minutes on one core)
 
-The tokenizer is trained on the embedded data, the base is what recipes/tiny_base.yaml pretrains with it. A run that was
-cut goes on where it was.
+The tokenizer is trained on the embedded data, the base is what recipes/tiny_base.yaml pretrains with it: 6,800 steps,
+6.95M tokens. A run that was cut goes on where it was.
 """
 
 from __future__ import annotations

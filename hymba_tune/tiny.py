@@ -2,7 +2,7 @@
 
 A tokenizer trained on the embedded data, and a Hymba of about a million parameters with all the parts of the large one,
 pretrained on plain documents (data/synthetic/documents.py): it has met the words, the arithmetic and the shapes of code
-and JSON, but no conversation, so that it answers nothing before fine-tuning.
+and JSON, and can copy, but has seen no conversation, so that it answers nothing before fine-tuning.
 """
 
 from __future__ import annotations
@@ -55,7 +55,11 @@ def tiny_path() -> Path:
 
 
 def tiny_config(vocabulary: int = VOCABULARY) -> HymbaConfig:
-    """Five hybrid layers: three global, two with a window of 32 tokens that share their K/V; 8 meta tokens."""
+    """Five hybrid layers: three global, two with a window of 32 tokens that share their K/V; 8 meta tokens.
+
+    Wide initial weights and slow rotations let heads of 24 features learn to copy soon: on rows of nothing but copying,
+    64 % of the tokens were right after 400 steps; with 0.02 and 1e4 only what all lines have in common, 39 %.
+    """
     from hymba_tune.model import HymbaConfig
 
     return HymbaConfig(
@@ -72,6 +76,8 @@ def tiny_config(vocabulary: int = VOCABULARY) -> HymbaConfig:
         num_memory_tokens=8,
         mamba_d_state=8,
         mamba_dt_rank=8,
+        rope_theta=1e6,
+        initializer_range=0.1,
         max_position_embeddings=2048,
         orig_max_position_embeddings=512,
         seq_length=2048,
@@ -83,6 +89,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE of VOCABULARY tokens trained on the embedded data; any text can be encoded."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
+
+    from hymba_tune.data.chat import CHAT_TEMPLATE
 
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -102,7 +110,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     backend.add_special_tokens(["[PAD]"])
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="[PAD]"
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="[PAD]",
+        chat_template=CHAT_TEMPLATE.read_text(encoding="utf-8"),
     )
 
 

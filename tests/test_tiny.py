@@ -1,4 +1,4 @@
-"""The embedded model: what ships fits its bounds and has not been taught the tasks; the command makes one like it."""
+"""The embedded model: what ships fits its bounds, copies, and has not been taught the tasks; the command makes it."""
 
 import json
 import random
@@ -8,7 +8,7 @@ import torch
 
 from hymba_tune import make_tiny, tiny
 from hymba_tune.data.chat import encode_conversation, load_tokenizer, prompt_ids
-from hymba_tune.data.synthetic import GENERATORS, held_out, raw_document
+from hymba_tune.data.synthetic import GENERATORS, documents, held_out, raw_document
 from hymba_tune.geometry import CONFIG
 from hymba_tune.model import load_model
 from hymba_tune.paths import REPOSITORY
@@ -68,6 +68,12 @@ def test_any_text_is_encoded_and_comes_back(tokenizer, text):
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
     assert 0 not in ids
+
+
+def test_the_command_makes_the_shipped_tokenizer_byte_for_byte(tmp_path):
+    tiny.make_tokenizer().save_pretrained(tmp_path)
+    for made in tmp_path.iterdir():
+        assert made.read_bytes() == (tiny.tiny_path() / made.name).read_bytes(), made.name
 
 
 def test_digits_stay_single(tokenizer):
@@ -132,6 +138,12 @@ def test_pretraining_with_tiny_trains_a_model_of_the_same_shape():
     assert shape["layer_type"] is None
 
 
+def likeliest(base, ids):
+    """The likeliest token after each of them."""
+    with torch.no_grad():
+        return base(torch.tensor([ids])).logits[0].argmax(-1).tolist()
+
+
 def test_the_base_knows_the_documents_world(base, tokenizer):
     """Arithmetic it has met as plain text: the most likely next digits of an equation are right."""
     rng = random.Random(5)
@@ -142,7 +154,16 @@ def test_the_base_knows_the_documents_world(base, tokenizer):
     for equation in equations[:40]:
         ids = tokenizer.encode(equation + "\n")
         start = len(tokenizer.encode(equation.rpartition(" ")[0]))
-        with torch.no_grad():
-            guesses = base(torch.tensor([ids])).logits[0].argmax(-1).tolist()
-        right += guesses[start:-2] == ids[start + 1 : -1]
+        right += likeliest(base, ids)[start:-2] == ids[start + 1 : -1]
     assert right >= 30
+
+
+def test_the_base_copies_what_it_has_never_seen_together(base, tokenizer):
+    """A line of random words and numbers, said again: all but its first word follows from the line before."""
+    rng = random.Random(6)
+    right = 0
+    for line in (documents._repeated(rng).partition("\n")[0] for _ in range(40)):
+        ids = tokenizer.encode(f"{line}\n{line}")
+        start = len(tokenizer.encode(f"{line}\n{line.split()[0]} "))
+        right += likeliest(base, ids)[start - 1 : -1] == ids[start:]
+    assert right >= 34

@@ -14,6 +14,7 @@ from hymba_tune.data.synthetic import (
     GENERATORS,
     calls,
     constraints,
+    documents,
     functions,
     held_out,
     manners,
@@ -133,7 +134,7 @@ def test_no_held_out_content_stands_in_pretraining_documents():
     text = "\n".join(raw_document(rng) for _ in range(4000))
     bodies = {problem.target.split("return ")[1] for problem in evaluation_problems("tiny_code", 300)}
     arguments = {json.dumps(problem.target[0]["arguments"]) for problem in evaluation_problems("tiny_calls", 300)}
-    lines = {line.removeprefix("result = ") for line in text.split("\n")}
+    lines = {re.sub(r"^\w+ = ", "", line) for line in text.split("\n")}
     records = set(re.findall(r"\{.*\}", text))
     assert not bodies & lines
     assert not arguments & records
@@ -142,6 +143,15 @@ def test_no_held_out_content_stands_in_pretraining_documents():
     assert len(facts(text)) > 1000
     assert any("if x" in line for line in lines)
     assert any('"city"' in record for record in records)
+
+
+def test_what_is_only_copied_stands_in_the_document_before():
+    rng = random.Random(4)
+    for _ in range(200):
+        lines = documents._repeated(rng).split("\n")
+        assert all(lines.count(line) >= 2 for line in lines)
+        given, said = documents._looked_up(rng).removesuffix(".").split(". So ")
+        assert set(said.split(", ")) <= set(given.split(", "))
 
 
 def test_pretraining_documents_have_neither_the_chat_format_nor_the_answers_format():
