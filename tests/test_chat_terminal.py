@@ -90,7 +90,8 @@ def test_a_conversation_is_remembered_until_reset_and_ctrl_d_leaves(weights: Pat
     with chat(weights, max_new_tokens=12) as terminal:
         first, second = terminal.ask("How many?"), terminal.ask("How many?")
         assert first != second
-        assert terminal.ask("/reset") == ""
+        terminal.type("/reset\n")
+        assert terminal.until("> ").strip() == "/reset"
         assert [terminal.ask("How many?"), terminal.ask("How many?")] == [first, second]
         terminal.type("\x04")
         assert terminal.process.wait(SECONDS) == 0

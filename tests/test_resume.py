@@ -72,7 +72,8 @@ def killed_between_parts() -> None:
     from trl import DPOTrainer
 
     in_small_parts()
-    compute: Any = DPOTrainer._precompute_ref_logps
+    trainer: Any = DPOTrainer
+    compute = trainer._precompute_ref_logps
     calls = []
 
     def killed(*arguments: Any) -> Any:
@@ -81,7 +82,7 @@ def killed_between_parts() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return compute(*arguments)
 
-    DPOTrainer._precompute_ref_logps = killed  # type: ignore[method-assign]
+    trainer._precompute_ref_logps = killed
 
 
 def test_a_kill_between_two_parts_of_the_reference_costs_neither_the_first_nor_a_bit_of_the_weights(
