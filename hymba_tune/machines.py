@@ -92,15 +92,17 @@ class Alone:
         return list(failures)
 
 
-def find_place(machines: int, port: int | None, environment: Mapping[str, str] = os.environ) -> Place:
+def find_place(machines: int, port: int | None, environment: Mapping[str, str] | None = None) -> Place:
     """This machine's place among several, from NODE_RANK, MASTER_ADDR and MASTER_PORT, as torchrun's users set them.
 
     Args:
         port: the recipe's, where MASTER_PORT is not set.
+        environment: default: this process' own.
 
     Raises:
         UserError: one of them is missing or can't be.
     """
+    environment = os.environ if environment is None else environment
     needed = f"launch.machines: {machines}"
     missing = [name for name in ("NODE_RANK", "MASTER_ADDR") if not environment.get(name)]
     if missing:
