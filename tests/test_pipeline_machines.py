@@ -58,7 +58,7 @@ def test_the_others_join_in_the_training_of_the_stage_that_the_first_runs(
     monkeypatch.setattr("hymba_tune.stage.run_stage", train)
     monkeypatch.setattr("hymba_tune.stage.join_stage", join)
     monkeypatch.setattr("hymba_tune.stage.await_stage", lambda recipe: None)
-    other = threading.Thread(target=_join, args=(pipeline, replace(place, machine=1)))
+    other = threading.Thread(target=_join, args=(pipeline, replace(place, machine=1)), daemon=True)
     other.start()
     assert len(run_pipeline(pipeline)) == 1
     other.join(30)
@@ -74,7 +74,7 @@ def test_what_another_machine_lacks_is_told_by_the_first(
         raise UserError("launch.processes: 4, but there is 1 GPU")
 
     monkeypatch.setattr("hymba_tune.launch.check_launch", lacking)
-    other = threading.Thread(target=_join, args=(pipeline, replace(place, machine=1)))
+    other = threading.Thread(target=_join, args=(pipeline, replace(place, machine=1)), daemon=True)
     other.start()
     with pytest.raises(UserError, match=r"machine 1 \(.*\): launch.processes: 4, but there is 1 GPU"):
         run_pipeline(pipeline)
