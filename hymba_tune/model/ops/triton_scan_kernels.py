@@ -56,6 +56,15 @@ def load_row(base, token, stop, row, d, channels, WIDE: tl.constexpr):
 
 
 @triton.jit
+def load_tile(base, start, stop, row, d, channels, TILE: tl.constexpr, WIDE: tl.constexpr):
+    """The rows of TILE tokens: what is loaded together overlaps."""
+    rows = ()
+    for i in tl.static_range(TILE):
+        rows = rows + (load_row(base, start + i, stop, row, d, channels, WIDE),)
+    return rows
+
+
+@triton.jit
 def load_states(base, index, d, channels, STATES: tl.constexpr):
     h = ()
     for n in tl.static_range(STATES):
@@ -85,6 +94,14 @@ def load_bc(bc, token, stop, STATES: tl.constexpr):
     """
     SIZE: tl.constexpr = triton.next_power_of_2(2 * STATES)
     return tl.load(bc + tl.minimum(token, stop - 1) * SIZE + tl.arange(0, SIZE))
+
+
+@triton.jit
+def load_tile_bc(bc, start, stop, TILE: tl.constexpr, STATES: tl.constexpr):
+    rows = ()
+    for i in tl.static_range(TILE):
+        rows = rows + (load_bc(bc, start + i, stop, STATES),)
+    return rows
 
 
 @triton.jit
@@ -121,14 +138,10 @@ def chunk_ends(
         total = tl.zeros((BLOCK,), WIDE)
         h = zero_states(total, STATES)
         for tile in range(0, tl.cdiv(stop - start, TILE)):
-            deltas = ()
-            xs = ()
-            rows = ()
-            for i in tl.static_range(TILE):
-                t = start + tile * TILE + i
-                deltas = deltas + (load_row(delta, t, stop, channels, d, channels, WIDE),)
-                xs = xs + (load_row(x, t, stop, x_row, d, channels, WIDE),)
-                rows = rows + (load_bc(bc, t, stop, STATES),)
+            at = start + tile * TILE
+            deltas = load_tile(delta, at, stop, channels, d, channels, TILE, WIDE)
+            xs = load_tile(x, at, stop, x_row, d, channels, TILE, WIDE)
+            rows = load_tile_bc(bc, at, stop, TILE, STATES)
             for i in tl.static_range(TILE):
                 h = advance(h, deltas[i], deltas[i] * xs[i], rate, rows[i], STATES)
                 total += deltas[i]
@@ -189,19 +202,13 @@ def outputs(
     skip = tl.load(D + d, mask=d < channels, other=0)
     h = load_states(ends, chunk, d, channels, STATES)
     for tile in range(0, tl.cdiv(stop - start, TILE)):
-        deltas = ()
-        xs = ()
-        gates = ()
-        rows = ()
-        # The loads of a tile come before its stores, so that they overlap.
+        at = start + tile * TILE
+        deltas = load_tile(delta, at, stop, channels, d, channels, TILE, WIDE)
+        xs = load_tile(x, at, stop, x_row, d, channels, TILE, WIDE)
+        gates = load_tile(gate, at, stop, gate_row, d, channels, TILE, WIDE)
+        rows = load_tile_bc(bc, at, stop, TILE, STATES)
         for i in tl.static_range(TILE):
-            t = start + tile * TILE + i
-            deltas = deltas + (load_row(delta, t, stop, channels, d, channels, WIDE),)
-            xs = xs + (load_row(x, t, stop, x_row, d, channels, WIDE),)
-            gates = gates + (load_row(gate, t, stop, gate_row, d, channels, WIDE),)
-            rows = rows + (load_bc(bc, t, stop, STATES),)
-        for i in tl.static_range(TILE):
-            t = start + tile * TILE + i
+            t = at + i
             h = advance(h, deltas[i], deltas[i] * xs[i], rate, rows[i], STATES)
             v = skip * xs[i]
             for n in tl.static_range(STATES):
@@ -226,14 +233,10 @@ def tile_starts(
     rate = load_states(rates, 0, d, channels, STATES)
     h = load_states(ends, chunk, d, channels, STATES)
     for tile in range(0, tl.cdiv(stop - start, TILE)):
-        deltas = ()
-        xs = ()
-        rows = ()
-        for i in tl.static_range(TILE):
-            t = start + tile * TILE + i
-            deltas = deltas + (load_row(delta, t, stop, channels, d, channels, WIDE),)
-            xs = xs + (load_row(x, t, stop, x_row, d, channels, WIDE),)
-            rows = rows + (load_bc(bc, t, stop, STATES),)
+        at = start + tile * TILE
+        deltas = load_tile(delta, at, stop, channels, d, channels, TILE, WIDE)
+        xs = load_tile(x, at, stop, x_row, d, channels, TILE, WIDE)
+        rows = load_tile_bc(bc, at, stop, TILE, STATES)
         store_states(kept, first_tile + tile, d, channels, h, STATES)
         for i in tl.static_range(TILE):
             h = advance(h, deltas[i], deltas[i] * xs[i], rate, rows[i], STATES)
@@ -259,20 +262,17 @@ def chunk_gradients(
         g = zero_states(total, STATES)
         tiles = tl.cdiv(stop - start, TILE)
         for k in range(0, tiles):
-            deltas = ()
-            upstream = ()
-            rows = ()
-            for i in tl.static_range(TILE):
-                t = start + (tiles - 1 - k) * TILE + i
-                deltas = deltas + (load_row(delta, t, stop, channels, d, channels, WIDE),)
-                z = load_row(gate, t, stop, gate_row, d, channels, WIDE)
-                upstream = upstream + (load_row(dy, t, stop, channels, d, channels, WIDE) * z * tl.sigmoid(z),)
-                rows = rows + (load_bc(bc, t, stop, STATES),)
+            at = start + (tiles - 1 - k) * TILE
+            deltas = load_tile(delta, at, stop, channels, d, channels, TILE, WIDE)
+            gates = load_tile(gate, at, stop, gate_row, d, channels, TILE, WIDE)
+            dys = load_tile(dy, at, stop, channels, d, channels, TILE, WIDE)
+            rows = load_tile_bc(bc, at, stop, TILE, STATES)
             for i in tl.static_range(TILE - 1, -1, -1):
+                dv = dys[i] * gates[i] * tl.sigmoid(gates[i])
                 before = ()
                 for n in tl.static_range(STATES):
                     c = pick(rows[i], STATES + n, total)
-                    before = before + (tl.exp2(deltas[i] * rate[n]) * (g[n] + upstream[i] * c),)
+                    before = before + (tl.exp2(deltas[i] * rate[n]) * (g[n] + dv * c),)
                 g = before
                 total += deltas[i]
         store_states(entering, chunk, d, channels, g, STATES)
@@ -342,23 +342,17 @@ def gradients(
     for k in range(0, tiles):
         tile = tiles - 1 - k
         h = load_states(kept, first_tile + tile, d, channels, STATES)
-        deltas = ()
-        xs = ()
-        gates = ()
-        dys = ()
-        rows = ()
-        for i in tl.static_range(TILE):
-            t = start + tile * TILE + i
-            deltas = deltas + (load_row(delta, t, stop, channels, d, channels, WIDE),)
-            xs = xs + (load_row(x, t, stop, x_row, d, channels, WIDE),)
-            gates = gates + (load_row(gate, t, stop, gate_row, d, channels, WIDE),)
-            dys = dys + (load_row(dy, t, stop, channels, d, channels, WIDE),)
-            rows = rows + (load_bc(bc, t, stop, STATES),)
+        at = start + tile * TILE
+        deltas = load_tile(delta, at, stop, channels, d, channels, TILE, WIDE)
+        xs = load_tile(x, at, stop, x_row, d, channels, TILE, WIDE)
+        gates = load_tile(gate, at, stop, gate_row, d, channels, TILE, WIDE)
+        dys = load_tile(dy, at, stop, channels, d, channels, TILE, WIDE)
+        rows = load_tile_bc(bc, at, stop, TILE, STATES)
         decays = ()
         decayed = ()
         dvs = ()
         for i in tl.static_range(TILE):
-            t = start + tile * TILE + i
+            t = at + i
             drive = deltas[i] * xs[i]
             after = ()
             for n in tl.static_range(STATES):
@@ -380,11 +374,9 @@ def gradients(
                 products = products + (h[n] * dvs[i],)
             store_sums(dC + (block * tokens + t) * STATES, products, lane, live, STATES, WIDTH, HALVINGS, EXCHANGES)
         # Read again: kept from above, what was picked from the rows would fill more registers than there are.
-        rows = ()
-        for i in tl.static_range(TILE):
-            rows = rows + (load_bc(bc, start + tile * TILE + i, stop, STATES),)
+        rows = load_tile_bc(bc, at, stop, TILE, STATES)
         for i in tl.static_range(TILE - 1, -1, -1):
-            t = start + tile * TILE + i
+            t = at + i
             drive = deltas[i] * xs[i]
             ddrive = tl.zeros_like(skip)
             by_rate = tl.zeros_like(skip)
