@@ -97,6 +97,7 @@ def test_a_conversation_is_remembered_until_reset_and_ctrl_d_leaves(weights: Pat
         assert terminal.process.wait(SECONDS) == 0
 
 
+@pytest.mark.full
 def test_ctrl_c_stops_an_answer_and_then_empties_a_line_and_the_chat_goes_on(weights: Path) -> None:
     with chat(weights, max_new_tokens=3500) as terminal:
         terminal.type("How many?\n")
