@@ -14,10 +14,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_training import official_shape
-from benchmarks.record import gpu_seconds, require_gpu, write_result
+from benchmarks.record import gpu_seconds, kernel_milliseconds, require_gpu, write_result
 from hymba_tune.model import HymbaCache, HymbaForCausalLM, ops
 from hymba_tune.model.static_cache import StaticDecoder, StaticHymbaCache
 
@@ -69,25 +68,6 @@ def largest_difference(model: Any) -> dict[str, float]:
     return {name: float((found - exact).abs().max() / exact.std()) for name, found in rounded.items()}
 
 
-def milliseconds_by_part(decoder: StaticDecoder) -> dict[str, Any]:
-    """GPU time and number of the kernels of one step outside a graph, where nothing runs beside anything else."""
-    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        decoder._compute()
-        torch.cuda.synchronize()
-    parts: dict[str, Any] = {**dict.fromkeys((*PARTS, "rest"), 0.0), "kernels": 0}
-    slowest: dict[str, float] = {}
-    for event in recorded.key_averages():
-        milliseconds = event.self_device_time_total / 1e3
-        if milliseconds:
-            part = next((p for p, names in PARTS.items() if any(n in event.key for n in names)), "rest")
-            parts[part] += milliseconds
-            parts["kernels"] += event.count
-            slowest[f"{event.key[:80]} x {event.count}"] = milliseconds
-    for name, milliseconds in sorted(slowest.items(), key=lambda item: -item[1])[:25]:
-        print(f"{milliseconds:8.3f} ms  {name}")
-    return parts
-
-
 @torch.inference_mode()
 def main() -> None:
     require_gpu()
@@ -120,7 +100,7 @@ def main() -> None:
             "gigabytes_a_step": moved / 1e9,
             "copy_gigabytes_per_second": bandwidth / 1e9,
             "share_of_bound": moved / bandwidth / seconds,
-            "kernels_ms_one_after_another": milliseconds_by_part(decoder),
+            "kernels_ms_one_after_another": kernel_milliseconds(decoder._compute, PARTS),
             "largest_difference_of_logits_from_float32": differences,
         },
     )

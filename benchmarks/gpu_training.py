@@ -10,13 +10,11 @@ each other. The scan, the norms and what the backward pass computes again count 
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.record import gpu_seconds, require_gpu, write_result
+from benchmarks.record import gpu_seconds, kernel_milliseconds, require_gpu, write_result
 from hymba_tune.model import HymbaConfig, HymbaForCausalLM
 
 TOKENS, ROUNDS = 8192, 10
@@ -25,6 +23,8 @@ TOKENS, ROUNDS = 8192, 10
 PARTS = {
     "attention": ("flex_attention",),
     "scan": ("chunk_ends", "carry", "outputs", "tile_starts", "chunk_gradients", "gradients", "time_steps"),
+    "conv": ("before_silu", "inputs_gradient", "initial_gradient", "final_states", "forward"),
+    "norms, RoPE, SwiGLU": ("norm", "rotate", "swiglu"),
     "matrix products": ("nvjet", "gemm", "cutlass", "cublas"),
 }
 
@@ -68,18 +68,6 @@ def attention_operations(config: HymbaConfig) -> int:
     return total
 
 
-def time_by_part(step: Any) -> dict[str, float]:
-    """Milliseconds of GPU kernels in one step."""
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        step()
-        torch.cuda.synchronize()
-    spent: Counter[str] = Counter()
-    for event in profiled.key_averages():
-        named = (part for part, names in PARTS.items() if any(name in event.key for name in names))
-        spent[next(named, "rest")] += event.self_device_time_total / 1e3
-    return dict(spent)
-
-
 def measured(model: Any, autocast: bool) -> dict[str, Any]:
     ids = torch.randint(5, model.config.vocab_size, (1, TOKENS), device="cuda")
 
@@ -95,7 +83,7 @@ def measured(model: Any, autocast: bool) -> dict[str, Any]:
         "seconds_a_step": seconds,
         "tokens_per_second": TOKENS / seconds,
         "memory_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "kernel_ms": time_by_part(step),
+        "kernel_ms": kernel_milliseconds(step, PARTS),
     }
 
 

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 RESULTS = Path(__file__).parent / "results"
+SLOWEST = 30
 PACKAGES = ("torch", "transformers", "trl", "peft", "numpy")
 
 
@@ -49,6 +51,24 @@ def gpu_seconds(work: Callable[[], Any], rounds: int) -> float:
         mark.record()
     torch.cuda.synchronize()
     return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks)) / 1e3
+
+
+def kernel_milliseconds(work: Callable[[], Any], parts: dict[str, tuple[str, ...]]) -> dict[str, float]:
+    """GPU time of one call by part, a part being the first whose names fit a kernel's; prints the slowest kernels."""
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        work()
+        torch.cuda.synchronize()
+    spent = dict.fromkeys((*parts, "rest"), 0.0)
+    kernels = []
+    for event in recorded.key_averages():
+        milliseconds = event.self_device_time_total / 1e3
+        if milliseconds:
+            fitting = (part for part, names in parts.items() if any(name in event.key for name in names))
+            spent[next(fitting, "rest")] += milliseconds
+            kernels.append((milliseconds, event.count, event.key))
+    for milliseconds, count, name in sorted(kernels, reverse=True)[:SLOWEST]:
+        print(f"{milliseconds:8.3f} ms  {count:5} x {name[:100]}")
+    return spent
 
 
 def machine() -> dict[str, Any]:
