@@ -5,9 +5,10 @@ token by token over a chunk, so every (token, channel, state) costs one exp2, wh
 the registers. Blocks of channels alone are too few programs for one long document on a large GPU (50 at 3,200
 channels), so the scan has two levels: the state that each chunk adds, a short serial pass that carries them over, then
 the outputs. The first level skips what no carry needs, so that documents shorter than a chunk pay nothing for it. The
-backward pass has the same two levels from the right. Only the states that enter the chunks are kept for it; the others
-are computed again, in two steps: those before every tile of TILE tokens, into a buffer that lives during the call, and
-those between, in registers.
+backward pass has the same two levels from the right. Meta tokens before the documents are chunks like theirs: each
+document's carry starts with them, and the gradients of the state that they left, summed over documents, enter them from
+the right. Only the states that enter the chunks are kept for it; the others are computed again, in two steps: those
+before every tile of TILE tokens, into a buffer that lives during the call, and those between, in registers.
 
 Deterministic: no atomics. Sums over channels (gradients of B and C) and over tokens (of A and D) are written as one
 partial sum a program and added up by torch.sum, in an order that depends on the shapes only.
@@ -15,7 +16,6 @@ partial sum a program and added up by torch.sum, in an order that depends on the
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -32,8 +32,8 @@ from hymba_tune.model.ops import triton_scan_kernels as kernels
 BLOCK, GRADIENT_BLOCK, WARPS = 64, 32, 1
 # Tokens that are loaded together. The backward kernel holds their decays and states in registers: with 8 it spills.
 TILE = 4
-# Elements of a program that takes softplus; of one that carries a state over the chunks, loaded GROUP at a time.
-STEPS, CARRIED, GROUP = 1024, 32, 8
+# Channels of a program that carries a state over the chunks, loaded GROUP at a time.
+CARRIED, GROUP = 32, 8
 # Enough chunks of a long document to fill the GPU, few enough for the serial pass over them.
 CHUNKS, SHORTEST_CHUNK, LONGEST_CHUNK = 64, 16, 256
 # Terms of the series in softplus, and of that in its derivative, that reach the precision of the type.
@@ -51,14 +51,26 @@ def selective_scan(
     gate: Tensor,
     cu_seqlens: Tensor,
     initial_state: Tensor | None = None,
+    num_meta: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Triton; see reference.selective_scan."""
+    """Triton; see reference.selective_scan.
+
+    Args:
+        num_meta: so many tokens M before the T of the documents, a segment of its own from zeros, so that x, dt, B, C,
+            gate and y are (M + T, ..); every document starts from the state that they left. No initial_state then.
+
+    Returns:
+        y and the documents' final states, without that of the meta tokens.
+    """
+    assert not num_meta or initial_state is None, "documents start from the meta tokens' state"
     wide = torch.promote_types(x.dtype, torch.float32)
-    rates = A.to(wide) * math.log2(math.e)
     state = None if initial_state is None else initial_state.to(wide)
+    columns = torch.promote_types(B.dtype, C.dtype)
     ends = segments.boundaries(cu_seqlens, x.device)
-    chunks = chunks_of(ends, len(x))
-    return _SelectiveScan.apply(rows_of(x), dt.to(wide), rates, B, C, D.to(wide), rows_of(gate), state, *chunks)
+    return _SelectiveScan.apply(
+        rows_of(x), rows_of(dt), A.to(wide).contiguous(), B.to(columns).contiguous(), C.to(columns).contiguous(),
+        D.to(wide).contiguous(), rows_of(gate), state, torch.is_grad_enabled(), chunks_of(ends, len(x), num_meta),
+    )  # fmt: skip
 
 
 def rows_of(t: Tensor) -> Tensor:
@@ -67,36 +79,47 @@ def rows_of(t: Tensor) -> Tensor:
 
 
 class Chunks(NamedTuple):
-    """How documents are cut; how many chunks there are is bounded on the CPU, since asking the GPU would take time."""
+    """How segments are cut; how many chunks there are is bounded on the CPU, since asking the GPU would take time.
+
+    Segments are the documents, behind the meta tokens if there are any.
+    """
 
     table: Tensor
-    """(chunks, 6) int64: first token, token behind the last, those of the document, document, first tile."""
+    """(chunks, 6) int64: first token, token behind the last, those of the segment, segment, first tile."""
     begins: Tensor
-    """(documents + 1,) int64: the first chunk of each document, and how many there are in all."""
+    """(segments + 1,) int64: the first chunk of each segment, and how many there are in all."""
     tiles: int
     """No more tiles than this."""
     several: bool
-    """May a document have more than one chunk?"""
+    """May a segment have more than one chunk?"""
+    meta: int
+    """Chunks of the meta tokens."""
 
 
-def chunks_of(cu_seqlens: Tensor, tokens: int) -> Chunks:
-    size = chunk_length(tokens)
-    return segments.kept(cu_seqlens, ("chunks", tokens, size, TILE), lambda: _cut(cu_seqlens, tokens, size))
+def chunks_of(cu_seqlens: Tensor, tokens: int, num_meta: int = 0) -> Chunks:
+    """Of all tokens, the documents' boundaries given; the meta tokens are a segment of their own before them."""
+    size = chunk_length(tokens - num_meta)
+    kind = ("chunks", tokens, num_meta, size, TILE)
+    return segments.kept(cu_seqlens, kind, lambda: _cut(_with_meta(cu_seqlens, num_meta), tokens, size, num_meta))
 
 
-def _cut(cu_seqlens: Tensor, tokens: int, size: int) -> Chunks:
-    lengths = cu_seqlens.diff()
-    documents = len(lengths)
+def _with_meta(cu_seqlens: Tensor, num_meta: int) -> Tensor:
+    return F.pad(cu_seqlens + num_meta, (1, 0)) if num_meta else cu_seqlens
+
+
+def _cut(ends: Tensor, tokens: int, size: int, num_meta: int) -> Chunks:
+    lengths = ends.diff()
+    count = len(lengths)
     begins = F.pad((-(-lengths // size)).cumsum(0), (1, 0))
-    chunk = torch.arange((tokens + documents * (size - 1)) // size, device=lengths.device)
-    document = torch.bucketize(chunk, begins[1:], right=True).clamp(max=max(documents - 1, 0))
-    begin, end = cu_seqlens[document], cu_seqlens[document + 1]
-    # Chunks that there are not start and stop at the document's end.
-    start = torch.minimum(begin + (chunk - begins[document]) * size, end)
+    chunk = torch.arange((tokens + count * (size - 1)) // size, device=lengths.device)
+    segment = torch.bucketize(chunk, begins[1:], right=True).clamp(max=max(count - 1, 0))
+    begin, end = ends[segment], ends[segment + 1]
+    # Chunks that there are not start and stop at the segment's end.
+    start = torch.minimum(begin + (chunk - begins[segment]) * size, end)
     stop = torch.minimum(start + size, end)
     tiles = -(-(stop - start) // TILE)
-    table = torch.stack([start, stop, begin, end, document, tiles.cumsum(0) - tiles], 1)
-    return Chunks(table, begins, (tokens + documents * (TILE - 1)) // TILE, tokens > size)
+    table = torch.stack([start, stop, begin, end, segment, tiles.cumsum(0) - tiles], 1)
+    return Chunks(table, begins, (tokens + count * (TILE - 1)) // TILE, tokens > size, triton.cdiv(num_meta, size))
 
 
 def chunk_length(tokens: int) -> int:
@@ -105,83 +128,82 @@ def chunk_length(tokens: int) -> int:
 
 
 class _SelectiveScan(torch.autograd.Function):
-    """Rates are A * log2(e), (Dn, N); the rest as in reference.selective_scan, rows may be strided.
-
-    The kernels have channels last: states (.., N, Dn).
-    """
+    """As selective_scan; rows of x, dt and gate may be strided. The kernels have channels last: states (.., N, Dn)."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         dt: Tensor,
-        rates: Tensor,
+        A: Tensor,
         B: Tensor,
         C: Tensor,
         D: Tensor,
         gate: Tensor,
         initial: Tensor | None,
-        *cut: Any,
+        differentiable: bool,
+        chunks: Chunks,
     ) -> tuple[Tensor, Tensor]:
-        chunks = Chunks(*cut)
-        rates, initial = channels_last(rates), None if initial is None else channels_last(initial)
-        delta = torch.empty(dt.shape, dtype=dt.dtype, device=dt.device)
-        if dt.numel():
-            kernels.time_steps[(triton.cdiv(dt.numel(), STEPS),)](
-                dt=dt.contiguous(), delta=delta, elements=dt.numel(), TERMS=TERMS[dt.dtype], SIZE=STEPS
-            )
-        launch = _Launch(x, delta, rates, B, C, chunks)
+        launch = _Launch(x, A, B, C, chunks)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        # The kernel writes the final states of documents with tokens; an empty one hands on its initial state.
-        final = rates.new_zeros(len(chunks.begins) - 1, *rates.shape)
-        if initial is not None:
-            final.copy_(initial.expand_as(final))
+        delta = A.new_empty(x.shape) if differentiable else None
+        final = A.new_empty(launch.documents, *launch.state)
         ends, steps = launch.buffers()
-        D = D.contiguous()
-        if chunks.several:
-            launch(kernels.chunk_ends, **launch.driven, ends=ends, steps=steps)
-        launch.carry(ends, steps, initial, reverse=False)
-        launch(kernels.outputs, **launch.driven, **launch.gated(gate), D=D, ends=ends, y=y, final=final)
-        ctx.save_for_backward(x, delta, rates, B, C, D, gate, initial, chunks.table, chunks.begins, ends)
-        ctx.bounds = (chunks.tiles, chunks.several)
+        stepped = {"dt": dt, "dt_row": dt.stride(0), "TERMS": TERMS[A.dtype], "META": launch.meta}
+        if chunks.several or launch.meta:
+            launch(kernels.chunk_ends, **launch.driven, **stepped, ends=ends, steps=steps)
+        entering = torch.empty_like(ends)
+        launch.carry(ends, steps, None if initial is None else channels_last(initial), entering, final)
+        launch(kernels.outputs, **launch.driven, **stepped, **launch.gated(gate), D=D, entering=entering, y=y,
+               final=final, delta=delta)  # fmt: skip
+        ctx.save_for_backward(x, delta, A, B, C, D, gate, entering)
+        ctx.chunks, ctx.dt_type, ctx.initial_shape = chunks, dt.dtype, None if initial is None else initial.mT.shape
+        ctx.set_materialize_grads(False)
         return y, final.mT
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        x, delta, rates, B, C, D, gate, initial, table, begins, ends = ctx.saved_tensors
-        chunks = Chunks(table, begins, *ctx.bounds)
-        dy, dfinal = upstream[0].contiguous(), channels_last(upstream[1])
-        launch = _Launch(x, delta, rates, B, C, chunks)
-        kept = rates.new_empty(chunks.tiles, *rates.shape)
-        launch(kernels.tile_starts, **launch.driven, ends=ends, kept=kept)
-        entering, steps = launch.buffers()
-        if chunks.several:
-            launch(kernels.chunk_gradients, **launch.timed, **launch.gated(gate), dy=dy, entering=entering, steps=steps)
-        launch.carry(entering, steps, dfinal, reverse=True)
-        dx, ddt, dgate = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, delta, gate))
-        # An empty document's initial state is its final one; the kernel writes the others'.
-        dinitial = dfinal.clone()
-        blocks = triton.cdiv(launch.channels, GRADIENT_BLOCK)
-        dB, dC = (rates.new_empty(blocks, *B.shape) for _ in range(2))
-        drates, dD = torch.empty_like(ends), torch.empty_like(steps)
-        wanted: dict[str, Any] = {
-            "dx": dx,
-            "ddt": ddt,
-            "dgate": dgate,
-            "dinitial": dinitial,
-            "dB": dB,
-            "dC": dC,
-            "drates": drates,
-        }
-        launch(kernels.gradients, **launch.driven, **launch.gated(gate), **launch.summed(), **wanted, D=D, dD=dD, dy=dy,
-               kept=kept, entering=entering, tokens=len(x), TERMS=DERIVATIVE_TERMS[rates.dtype],
+    def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, delta, A, B, C, D, gate, ends = ctx.saved_tensors
+        launch = _Launch(x, A, B, C, ctx.chunks)
+        dy = torch.zeros_like(x) if dy is None else dy.contiguous()
+        kept = A.new_empty(launch.chunks.tiles, *launch.state)
+        launch(kernels.tile_starts, **launch.driven, delta=delta, ends=ends, kept=kept)
+        has_initial = ctx.initial_shape is not None
+        entering, dinitial = _from_the_right(launch, delta, gate, dy, dfinal, has_initial)
+        dx, ddt, dgate = (torch.empty(x.shape, dtype=t, device=x.device) for t in (x.dtype, ctx.dt_type, gate.dtype))
+        dBC = A.new_empty(triton.cdiv(launch.channels, GRADIENT_BLOCK), 2, *B.shape)
+        dAD = A.new_empty(len(ends), launch.states + 1, launch.channels)
+        wanted: dict[str, Any] = {"dx": dx, "ddt": ddt, "dgate": dgate, "dBC": dBC, "dAD": dAD}
+        launch(kernels.gradients, **launch.driven, **launch.gated(gate), **launch.summed(), **wanted, delta=delta, D=D,
+               dy=dy, kept=kept, entering=entering, tokens=len(x), TERMS=DERIVATIVE_TERMS[A.dtype],
                block=GRADIENT_BLOCK)  # fmt: skip
-        of_initial = None if initial is None else dinitial.sum_to_size(initial.shape).mT
-        # The kernel's is the gradient of A, and rates are A * log2(e).
-        of_rates = drates.sum(0).mT / math.log2(math.e)
-        of_bc = (dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype))
-        return dx, ddt, of_rates, *of_bc, dD.sum(0), dgate, of_initial, *(None for _ in chunks)
+        dB, dC = dBC.sum(0).to(B.dtype)
+        of_parameters = dAD.sum(0)
+        dA, dD = of_parameters[:-1].mT, of_parameters[-1]
+        of_initial = dinitial.sum_to_size(ctx.initial_shape).mT if has_initial and dinitial is not None else None
+        return dx, ddt, dA, dB, dC, dD, dgate, of_initial, None, None
+
+
+def _from_the_right(
+    launch: _Launch, delta: Tensor, gate: Tensor, dy: Tensor, dfinal: Tensor | None, has_initial: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients that enter the chunks, (chunks, N, Dn), and those of the states that documents started from.
+
+    The latter, (S, N, Dn), only where that was not zeros.
+    """
+    added, steps = launch.buffers()
+    entering = torch.empty_like(added)
+    firsts = has_initial or bool(launch.meta)
+    if launch.chunks.several or firsts:
+        launch(kernels.chunk_gradients, **launch.steered, **launch.gated(gate), delta=delta, dy=dy, added=added,
+               steps=steps, FIRSTS=firsts)  # fmt: skip
+    dinitial = launch.A.new_empty(launch.documents, *launch.state) if firsts else None
+    first = None if dfinal is None else channels_last(dfinal)
+    launch.carry(added, steps, first, entering, dinitial, range(launch.meta, launch.meta + launch.documents))
+    if launch.meta and dinitial is not None:
+        launch.carry(added, steps, dinitial.sum(0, keepdim=True), entering, None, range(1))
+    return entering, dinitial
 
 
 def channels_last(states: Tensor) -> Tensor:
@@ -192,13 +214,15 @@ def channels_last(states: Tensor) -> Tensor:
 class _Launch:
     """What the kernels of one call share, by the names of their parameters."""
 
-    def __init__(self, x: Tensor, delta: Tensor, rates: Tensor, B: Tensor, C: Tensor, chunks: Chunks) -> None:
-        self.states, self.channels = rates.shape
-        self.rates, self.chunks = rates, chunks
-        columns = triton.next_power_of_2(2 * self.states) - 2 * self.states
-        bc = F.pad(torch.cat([B, C], 1).to(rates.dtype), (0, columns))
-        self.timed: dict[str, Any] = {"delta": delta, "bc": bc}
-        self.driven: dict[str, Any] = {**self.timed, "x": x, "x_row": x.stride(0)}
+    def __init__(self, x: Tensor, A: Tensor, B: Tensor, C: Tensor, chunks: Chunks) -> None:
+        self.channels, self.states = A.shape
+        self.state = (self.states, self.channels)
+        self.A, self.chunks = A, chunks
+        # Segments before the documents, and documents.
+        self.meta = int(chunks.meta > 0)
+        self.documents = len(chunks.begins) - 1 - self.meta
+        self.steered: dict[str, Any] = {"B": B, "C": C}
+        self.driven: dict[str, Any] = {**self.steered, "x": x, "x_row": x.stride(0)}
 
     def gated(self, gate: Tensor) -> dict[str, Any]:
         return {"gate": gate, "gate_row": gate.stride(0)}
@@ -206,7 +230,7 @@ class _Launch:
     def buffers(self) -> tuple[Tensor, Tensor]:
         """For a state of each chunk, and for the sum of its time steps."""
         chunks = len(self.chunks.table)
-        return self.rates.new_empty(chunks, *self.rates.shape), self.rates.new_empty(chunks, self.channels)
+        return self.A.new_empty(chunks, *self.state), self.A.new_empty(chunks, self.channels)
 
     def summed(self) -> dict[str, int]:
         """How the sums over a program's channels are laid out over its threads; see kernels.store_sums."""
@@ -224,15 +248,26 @@ class _Launch:
             grid = (triton.cdiv(self.channels, block), chunks)
             kernel[grid](**arguments, **self._common(), table=self.chunks.table, TILE=TILE, BLOCK=block)
 
-    def carry(self, ends: Tensor, steps: Tensor, first: Tensor | None, reverse: bool) -> None:
-        documents = len(self.chunks.begins) - 1
-        if documents:
-            row = int(first is not None and len(first) > 1)
-            grid = (triton.cdiv(self.channels, CARRIED), self.states, documents)
+    def carry(
+        self,
+        added: Tensor,
+        steps: Tensor,
+        first: Tensor | None,
+        entering: Tensor,
+        left: Tensor | None,
+        from_the_right: range | None = None,
+    ) -> None:
+        """From the left through all segments, or from the right through some."""
+        reverse = from_the_right is not None
+        through = range(self.meta + self.documents) if from_the_right is None else from_the_right
+        if through:
+            grid = (triton.cdiv(self.channels, CARRIED), self.states, len(through))
             kernels.carry[grid](
-                ends=ends, steps=steps, begins=self.chunks.begins, first=first, first_row=row, GIVEN=first is not None,
-                GROUP=GROUP, BLOCK=CARRIED, REVERSE=reverse, **self._common(),
+                added=added, steps=steps, begins=self.chunks.begins, first=first, entering=entering, left=left,
+                before=through.start, meta_chunks=0 if reverse else self.chunks.meta,
+                first_row=int(first is not None and len(first) > 1), META=self.meta, GROUP=GROUP, BLOCK=CARRIED,
+                REVERSE=reverse, **self._common(),
             )  # fmt: skip
 
     def _common(self) -> dict[str, Any]:
-        return {"rates": self.rates, "channels": self.channels, "STATES": self.states, "num_warps": WARPS}
+        return {"A": self.A, "channels": self.channels, "STATES": self.states, "num_warps": WARPS}

@@ -1,12 +1,12 @@
 """Selective scan of reference.py in Triton: the kernels that triton_scan.py launches and explains.
 
-A program computes BLOCK channels over one chunk of up to CHUNK tokens of one document. A thread holds all states of its
-channel: they are a tuple of STATES vectors (BLOCK,), so that sums over states need no other thread, and only sums over
-channels do. Arrays of states lie as (.., STATES, channels) here. `bc` (T, a power of two) holds B, then C of each
-token, `delta` (T, channels) the time steps, softplus already taken. `table` (chunks, COLUMNS) int64 says of a chunk:
-its first token, the token behind its last one, those of its document, the document, and its first tile of TILE tokens;
-unused chunks are empty. Rates are A * log2(e), so that a decay is one exp2. WIDE numbers (states, sums) are float32, or
-float64 for float64 input.
+A program computes BLOCK channels over one chunk of up to CHUNK tokens of one segment: a document, or the meta tokens
+that come before all documents (META is then 1, and they are segment 0). A thread holds all states of its channel: they
+are a tuple of STATES vectors (BLOCK,), so that sums over states need no other thread, and only sums over channels do.
+Arrays of states lie as (.., STATES, channels) here. `dt` (T, channels) is before softplus, `delta` behind it. `table`
+(chunks, COLUMNS) int64 says of a chunk: its first token, the token behind its last one, those of its segment, the
+segment, and its first tile of TILE tokens; unused chunks are empty. Rates are A * log2(e), so that a decay is one exp2.
+WIDE numbers (states, sums) are of A's type: float32, or float64 for float64 input.
 """
 
 # Triton's language is compiled, not run: it has types of its own.
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 COLUMNS: tl.constexpr = tl.constexpr(6)
 
@@ -34,13 +34,6 @@ def softplus(z, TERMS: tl.constexpr):
 
 
 @triton.jit
-def time_steps(dt, delta, elements, TERMS: tl.constexpr, SIZE: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    z = tl.load(dt + i, mask=i < elements, other=0)
-    tl.store(delta + i, softplus(z, TERMS), mask=i < elements)
-
-
-@triton.jit
 def step_gradient(delta, TERMS: tl.constexpr):
     """d softplus(dt) / d dt = 1 - exp(-delta), by its series where the difference would lose digits."""
     series = delta * 0 + 1.0
@@ -50,18 +43,35 @@ def step_gradient(delta, TERMS: tl.constexpr):
 
 
 @triton.jit
-def load_row(base, token, stop, row, d, channels, WIDE: tl.constexpr):
-    """The channels `d` of a token's row, widened; zeros beyond the channels and from `stop` on."""
-    return tl.load(base + token * row + d, mask=(d < channels) & (token < stop), other=0).to(WIDE)
+def load_tile(base, start, stop, row, d, channels, TILE: tl.constexpr, WIDE: tl.constexpr, OTHER: tl.constexpr = 0):
+    """The channels `d` of TILE tokens, widened; OTHER beyond the channels and from `stop` on.
+
+    What is loaded together overlaps.
+    """
+    rows = ()
+    for i in tl.static_range(TILE):
+        inside = (d < channels) & (start + i < stop)
+        rows = rows + (tl.load(base + (start + i) * row + d, mask=inside, other=OTHER).to(WIDE),)
+    return rows
 
 
 @triton.jit
-def load_tile(base, start, stop, row, d, channels, TILE: tl.constexpr, WIDE: tl.constexpr):
-    """The rows of TILE tokens: what is loaded together overlaps."""
-    rows = ()
+def load_steps(dt, start, stop, row, d, channels, TERMS: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr):
+    """The time steps of TILE tokens; 0 from `stop` on, where a token then changes nothing."""
+    before = load_tile(dt, start, stop, row, d, channels, TILE, WIDE, float("-inf"))
+    steps = ()
     for i in tl.static_range(TILE):
-        rows = rows + (load_row(base, start + i, stop, row, d, channels, WIDE),)
-    return rows
+        steps = steps + (softplus(before[i], TERMS),)
+    return steps
+
+
+@triton.jit
+def load_rates(A, d, channels, STATES: tl.constexpr):
+    """A (channels, STATES) in powers of two."""
+    rate = ()
+    for n in tl.static_range(STATES):
+        rate = rate + (tl.load(A + d * STATES + n, mask=d < channels, other=0) * LOG2E,)
+    return rate
 
 
 @triton.jit
@@ -87,20 +97,23 @@ def zero_states(like, STATES: tl.constexpr):
 
 
 @triton.jit
-def load_bc(bc, token, stop, STATES: tl.constexpr):
-    """B and C of a token, one a thread: what `pick` takes from there needs no memory.
-
-    From `stop` on it is the last token's, whose time step of 0 makes them count nothing.
-    """
-    SIZE: tl.constexpr = triton.next_power_of_2(2 * STATES)
-    return tl.load(bc + tl.minimum(token, stop - 1) * SIZE + tl.arange(0, SIZE))
+def lanes_bc(B, C, STATES: tl.constexpr):
+    """Where B, then C (T, STATES) of token 0 lie, one a thread."""
+    n = tl.arange(0, triton.next_power_of_2(2 * STATES))
+    return tl.where(n < STATES, B + n, C + (n - STATES))
 
 
 @triton.jit
-def load_tile_bc(bc, start, stop, TILE: tl.constexpr, STATES: tl.constexpr):
+def load_bc(lanes, start, stop, TILE: tl.constexpr, STATES: tl.constexpr, WIDE: tl.constexpr):
+    """B and C of TILE tokens, one a thread: what `pick` takes from there needs no memory.
+
+    From `stop` on they are the last token's, whose time step of 0 makes them count nothing.
+    """
+    live = tl.arange(0, triton.next_power_of_2(2 * STATES)) < 2 * STATES
     rows = ()
     for i in tl.static_range(TILE):
-        rows = rows + (load_bc(bc, start + i, stop, STATES),)
+        row = tl.load(lanes + tl.minimum(start + i, stop - 1) * STATES, mask=live, other=0)
+        rows = rows + (row.to(WIDE),)
     return rows
 
 
@@ -121,27 +134,28 @@ def advance(h, delta, drive, rate, row, STATES: tl.constexpr):
 
 @triton.jit
 def chunk_ends(
-    x, delta, rates, bc, table, ends, steps, channels, x_row,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr,
+    x, dt, A, B, C, table, ends, steps, channels, x_row, dt_row,
+    META: tl.constexpr, TERMS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
     """The state after each chunk if the one before it were zeros, and the sum of its time steps: what `carry` joins.
 
     A document's last chunk has none to hand it on to.
     """
-    WIDE: tl.constexpr = rates.dtype.element_ty
+    WIDE: tl.constexpr = A.dtype.element_ty
     chunk = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = table + chunk * COLUMNS
-    start, stop, end = tl.load(row), tl.load(row + 1), tl.load(row + 3)
-    if stop < end:
-        rate = load_states(rates, 0, d, channels, STATES)
+    start, stop, end, segment = tl.load(row), tl.load(row + 1), tl.load(row + 3), tl.load(row + 4)
+    if (stop < end) | (segment < META):
+        rate = load_rates(A, d, channels, STATES)
+        lanes = lanes_bc(B, C, STATES)
         total = tl.zeros((BLOCK,), WIDE)
         h = zero_states(total, STATES)
         for tile in range(0, tl.cdiv(stop - start, TILE)):
             at = start + tile * TILE
-            deltas = load_tile(delta, at, stop, channels, d, channels, TILE, WIDE)
+            deltas = load_steps(dt, at, stop, dt_row, d, channels, TERMS, TILE, WIDE)
             xs = load_tile(x, at, stop, x_row, d, channels, TILE, WIDE)
-            rows = load_tile_bc(bc, at, stop, TILE, STATES)
+            rows = load_bc(lanes, at, stop, TILE, STATES, WIDE)
             for i in tl.static_range(TILE):
                 h = advance(h, deltas[i], deltas[i] * xs[i], rate, rows[i], STATES)
                 total += deltas[i]
@@ -149,94 +163,107 @@ def chunk_ends(
         tl.store(steps + chunk * channels + d, total, mask=d < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["before", "meta_chunks"])
 def carry(
-    ends, steps, rates, begins, first, first_row, channels, GIVEN: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr, REVERSE: tl.constexpr,
+    added, steps, A, begins, first, entering, left, before, meta_chunks, first_row, channels,
+    META: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """In place, from what each chunk adds to what enters it: states from the left, or gradients from the right.
+    """From what each chunk adds to what enters it: states from the left, or gradients from the right.
 
-    A program follows one state of a document through its chunks, `begins[document]` to `begins[document + 1]`. What
-    enters the first one is `first` of the document (of all, where `first_row` is 0), or zeros. Chunks are loaded GROUP
-    at a time, since each waits for the one before it.
+    A program follows one state of a segment through its chunks, `begins[segment]` to `begins[segment + 1]`; program 0
+    has the segment behind `before` others. What enters the first chunk is `first` of the segment (of all, where
+    `first_row` is 0), or zeros; a document's first walks through the `meta_chunks` chunks that come before all
+    documents. What leaves the last chunk goes to `left`; from the left that is known of empty segments only. Chunks are
+    loaded GROUP at a time, since each waits for the one before it.
     """
     d, n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
-    document = tl.program_id(2).to(tl.int64)
-    begin, stop = tl.load(begins + document), tl.load(begins + document + 1)
-    rate = tl.load(rates + n * channels + d, mask=d < channels, other=0)
-    entering = tl.zeros_like(rate)
-    if GIVEN:
-        at = (document * first_row * STATES + n) * channels + d
-        entering = tl.load(first + at, mask=(d < channels) & (begin < stop), other=0)
+    inside = d < channels
+    segment = tl.program_id(2).to(tl.int64) + before
+    begin, stop = tl.load(begins + segment), tl.load(begins + segment + 1)
+    rate = tl.load(A + d * STATES + n, mask=inside, other=0) * LOG2E
+    state = tl.zeros_like(rate)
+    if first is not None:
+        state = tl.load(first + ((segment - META) * first_row * STATES + n) * channels + d, mask=inside, other=0)
+    for i in range(0, tl.where(segment < META, 0, meta_chunks)):
+        decay = tl.exp2(tl.load(steps + i * channels + d, mask=inside, other=0) * rate)
+        state = tl.load(added + (i * STATES + n) * channels + d, mask=inside, other=0) + decay * state
     for group in range(0, tl.cdiv(stop - begin, GROUP)):
-        added = ()
+        adds = ()
         decays = ()
-        for i in tl.static_range(GROUP):
-            chunk = begin + group * GROUP + i
+        for k in tl.static_range(GROUP):
+            chunk = begin + group * GROUP + k
             if REVERSE:
-                chunk = stop - 1 - group * GROUP - i
-            live = (d < channels) & (chunk >= begin) & (chunk < stop)
-            added = added + (tl.load(ends + (chunk * STATES + n) * channels + d, mask=live, other=0),)
+                chunk = stop - 1 - group * GROUP - k
+            live = inside & (chunk >= begin) & (chunk < stop)
+            adds = adds + (tl.load(added + (chunk * STATES + n) * channels + d, mask=live, other=0),)
             decays = decays + (tl.exp2(tl.load(steps + chunk * channels + d, mask=live, other=0) * rate),)
-        for i in tl.static_range(GROUP):
-            chunk = begin + group * GROUP + i
+        for k in tl.static_range(GROUP):
+            chunk = begin + group * GROUP + k
             if REVERSE:
-                chunk = stop - 1 - group * GROUP - i
-            live = (d < channels) & (chunk >= begin) & (chunk < stop)
-            tl.store(ends + (chunk * STATES + n) * channels + d, entering, mask=live)
-            entering = added[i] + decays[i] * entering
+                chunk = stop - 1 - group * GROUP - k
+            live = inside & (chunk >= begin) & (chunk < stop)
+            tl.store(entering + (chunk * STATES + n) * channels + d, state, mask=live)
+            state = adds[k] + decays[k] * state
+    if left is not None:
+        known = inside & (segment >= META) & (REVERSE | (begin == stop))
+        tl.store(left + ((segment - META) * STATES + n) * channels + d, state, mask=known)
 
 
 @triton.jit
 def outputs(
-    x, delta, rates, bc, D, gate, table, ends, y, final, channels, x_row, gate_row,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr,
+    x, dt, A, B, C, D, gate, table, entering, y, final, delta, channels, x_row, dt_row, gate_row,
+    META: tl.constexpr, TERMS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
-    """y and the final states, from the states that enter the chunks."""
-    WIDE: tl.constexpr = rates.dtype.element_ty
+    """y, the final states of documents with tokens, and the time steps, from the states that enter the chunks."""
+    WIDE: tl.constexpr = A.dtype.element_ty
     chunk = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = table + chunk * COLUMNS
-    start, stop, end, document = tl.load(row), tl.load(row + 1), tl.load(row + 3), tl.load(row + 4)
-    rate = load_states(rates, 0, d, channels, STATES)
+    start, stop, end, segment = tl.load(row), tl.load(row + 1), tl.load(row + 3), tl.load(row + 4)
+    rate = load_rates(A, d, channels, STATES)
+    lanes = lanes_bc(B, C, STATES)
     skip = tl.load(D + d, mask=d < channels, other=0)
-    h = load_states(ends, chunk, d, channels, STATES)
+    h = load_states(entering, chunk, d, channels, STATES)
     for tile in range(0, tl.cdiv(stop - start, TILE)):
         at = start + tile * TILE
-        deltas = load_tile(delta, at, stop, channels, d, channels, TILE, WIDE)
+        deltas = load_steps(dt, at, stop, dt_row, d, channels, TERMS, TILE, WIDE)
         xs = load_tile(x, at, stop, x_row, d, channels, TILE, WIDE)
         gates = load_tile(gate, at, stop, gate_row, d, channels, TILE, WIDE)
-        rows = load_tile_bc(bc, at, stop, TILE, STATES)
+        rows = load_bc(lanes, at, stop, TILE, STATES, WIDE)
         for i in tl.static_range(TILE):
             t = at + i
+            inside = (d < channels) & (t < stop)
             h = advance(h, deltas[i], deltas[i] * xs[i], rate, rows[i], STATES)
             v = skip * xs[i]
             for n in tl.static_range(STATES):
                 v += h[n] * pick(rows[i], STATES + n, v)
             out = v * gates[i] * tl.sigmoid(gates[i])
-            tl.store(y + t * channels + d, out.to(y.dtype.element_ty), mask=(d < channels) & (t < stop))
-    if (start < stop) & (stop == end):
-        store_states(final, document, d, channels, h, STATES)
+            tl.store(y + t * channels + d, out.to(y.dtype.element_ty), mask=inside)
+            if delta is not None:
+                tl.store(delta + t * channels + d, deltas[i], mask=inside)
+    if (start < stop) & (stop == end) & (segment >= META):
+        store_states(final, segment - META, d, channels, h, STATES)
 
 
 @triton.jit
 def tile_starts(
-    x, delta, rates, bc, table, ends, kept, channels, x_row,
+    x, delta, A, B, C, table, ends, kept, channels, x_row,
     TILE: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
     """The states before every tile, from those that enter the chunks: what `gradients` starts from."""
-    WIDE: tl.constexpr = rates.dtype.element_ty
+    WIDE: tl.constexpr = A.dtype.element_ty
     chunk = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = table + chunk * COLUMNS
     start, stop, first_tile = tl.load(row), tl.load(row + 1), tl.load(row + 5)
-    rate = load_states(rates, 0, d, channels, STATES)
+    rate = load_rates(A, d, channels, STATES)
+    lanes = lanes_bc(B, C, STATES)
     h = load_states(ends, chunk, d, channels, STATES)
     for tile in range(0, tl.cdiv(stop - start, TILE)):
         at = start + tile * TILE
         deltas = load_tile(delta, at, stop, channels, d, channels, TILE, WIDE)
         xs = load_tile(x, at, stop, x_row, d, channels, TILE, WIDE)
-        rows = load_tile_bc(bc, at, stop, TILE, STATES)
+        rows = load_bc(lanes, at, stop, TILE, STATES, WIDE)
         store_states(kept, first_tile + tile, d, channels, h, STATES)
         for i in tl.static_range(TILE):
             h = advance(h, deltas[i], deltas[i] * xs[i], rate, rows[i], STATES)
@@ -244,20 +271,21 @@ def tile_starts(
 
 @triton.jit
 def chunk_gradients(
-    delta, rates, bc, gate, dy, table, entering, steps, channels, gate_row,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr,
+    delta, A, B, C, gate, dy, table, added, steps, channels, gate_row,
+    FIRSTS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the states before each chunk if that of the states after it were zeros, and its time steps.
 
-    A document's first chunk has none to hand it on to.
+    A segment's first chunk hands it on only where FIRSTS says that something came before the segment.
     """
-    WIDE: tl.constexpr = rates.dtype.element_ty
+    WIDE: tl.constexpr = A.dtype.element_ty
     chunk = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = table + chunk * COLUMNS
     start, stop, begin = tl.load(row), tl.load(row + 1), tl.load(row + 2)
-    if begin < start:
-        rate = load_states(rates, 0, d, channels, STATES)
+    if FIRSTS | (begin < start):
+        rate = load_rates(A, d, channels, STATES)
+        lanes = lanes_bc(B, C, STATES)
         total = tl.zeros((BLOCK,), WIDE)
         g = zero_states(total, STATES)
         tiles = tl.cdiv(stop - start, TILE)
@@ -266,7 +294,7 @@ def chunk_gradients(
             deltas = load_tile(delta, at, stop, channels, d, channels, TILE, WIDE)
             gates = load_tile(gate, at, stop, gate_row, d, channels, TILE, WIDE)
             dys = load_tile(dy, at, stop, channels, d, channels, TILE, WIDE)
-            rows = load_tile_bc(bc, at, stop, TILE, STATES)
+            rows = load_bc(lanes, at, stop, TILE, STATES, WIDE)
             for i in tl.static_range(TILE - 1, -1, -1):
                 dv = dys[i] * gates[i] * tl.sigmoid(gates[i])
                 before = ()
@@ -275,7 +303,7 @@ def chunk_gradients(
                     before = before + (tl.exp2(deltas[i] * rate[n]) * (g[n] + dv * c),)
                 g = before
                 total += deltas[i]
-        store_states(entering, chunk, d, channels, g, STATES)
+        store_states(added, chunk, d, channels, g, STATES)
         tl.store(steps + chunk * channels + d, total, mask=d < channels)
 
 
@@ -316,24 +344,25 @@ def store_sums(base, values, lane, live, STATES: tl.constexpr, WIDTH: tl.constex
 
 @triton.jit
 def gradients(
-    x, delta, rates, bc, D, gate, dy, table, kept, entering,
-    dx, ddt, dgate, dinitial, dB, dC, drates, dD, tokens, channels, x_row, gate_row,
+    x, delta, A, B, C, D, gate, dy, table, kept, entering,
+    dx, ddt, dgate, dBC, dAD, tokens, channels, x_row, gate_row,
     TILE: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr,
     WIDTH: tl.constexpr, HALVINGS: tl.constexpr, EXCHANGES: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
-    """Every gradient. dB, dC (blocks, T, STATES), drates and dD (chunks, ..) are partial sums, one a program.
+    """Every gradient of a token's, and partial sums of the others, one a program.
 
+    dBC (blocks, 2, T, STATES) are those of B and C, dAD (chunks, STATES + 1, channels) those of A and then D.
     Tile by tile from the right: the states of a tile are computed again from the kept ones and stay in registers.
     """
-    WIDE: tl.constexpr = rates.dtype.element_ty
+    WIDE: tl.constexpr = A.dtype.element_ty
     chunk = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     d = block * BLOCK + lane
     row = table + chunk * COLUMNS
-    start, stop, begin = tl.load(row), tl.load(row + 1), tl.load(row + 2)
-    document, first_tile = tl.load(row + 4), tl.load(row + 5)
-    rate = load_states(rates, 0, d, channels, STATES)
+    start, stop, first_tile = tl.load(row), tl.load(row + 1), tl.load(row + 5)
+    rate = load_rates(A, d, channels, STATES)
+    lanes = lanes_bc(B, C, STATES)
     skip = tl.load(D + d, mask=d < channels, other=0)
     sum_D = tl.zeros((BLOCK,), WIDE)
     sum_rates = zero_states(sum_D, STATES)
@@ -347,7 +376,7 @@ def gradients(
         xs = load_tile(x, at, stop, x_row, d, channels, TILE, WIDE)
         gates = load_tile(gate, at, stop, gate_row, d, channels, TILE, WIDE)
         dys = load_tile(dy, at, stop, channels, d, channels, TILE, WIDE)
-        rows = load_tile_bc(bc, at, stop, TILE, STATES)
+        rows = load_bc(lanes, at, stop, TILE, STATES, WIDE)
         decays = ()
         decayed = ()
         dvs = ()
@@ -372,9 +401,11 @@ def gradients(
             products = ()
             for n in tl.static_range(STATES):
                 products = products + (h[n] * dvs[i],)
-            store_sums(dC + (block * tokens + t) * STATES, products, lane, live, STATES, WIDTH, HALVINGS, EXCHANGES)
+            store_sums(
+                dBC + ((2 * block + 1) * tokens + t) * STATES, products, lane, live, STATES, WIDTH, HALVINGS, EXCHANGES
+            )
         # Read again: kept from above, what was picked from the rows would fill more registers than there are.
-        rows = load_tile_bc(bc, at, stop, TILE, STATES)
+        rows = load_bc(lanes, at, stop, TILE, STATES, WIDE)
         for i in tl.static_range(TILE - 1, -1, -1):
             t = at + i
             drive = deltas[i] * xs[i]
@@ -399,9 +430,11 @@ def gradients(
             du = ddrive * deltas[i] + skip * dvs[i]
             ddelta = by_rate * LN2 + ddrive * xs[i]
             tl.store(dx + t * channels + d, du.to(dx.dtype.element_ty), mask=inside)
-            tl.store(ddt + t * channels + d, ddelta * step_gradient(deltas[i], TERMS), mask=inside)
-            store_sums(dB + (block * tokens + t) * STATES, products, lane, live, STATES, WIDTH, HALVINGS, EXCHANGES)
-    if (start < stop) & (start == begin):
-        store_states(dinitial, document, d, channels, g, STATES)
-    store_states(drates, chunk, d, channels, sum_rates, STATES)
-    tl.store(dD + chunk * channels + d, sum_D, mask=d < channels)
+            of_dt = ddelta * step_gradient(deltas[i], TERMS)
+            tl.store(ddt + t * channels + d, of_dt.to(ddt.dtype.element_ty), mask=inside)
+            store_sums(
+                dBC + (2 * block * tokens + t) * STATES, products, lane, live, STATES, WIDTH, HALVINGS, EXCHANGES
+            )
+    partial = dAD + chunk * (STATES + 1) * channels
+    store_states(partial, 0, d, channels, sum_rates, STATES)
+    tl.store(partial + STATES * channels + d, sum_D, mask=d < channels)

@@ -6,15 +6,17 @@ The interpreter is chosen when Triton is imported, so these tests run in a proce
 import os
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from hymba_tune.model.ops import reference
 from tests.model.ops import test_causal_conv1d as convs
 from tests.model.ops import test_selective_scan as scans
-from tests.model.ops.cases import DTYPES, offsets, results
+from tests.model.ops.cases import DTYPES, assert_same_results, offsets, results
 
 pytest.importorskip("triton", reason="triton is not installed: the dev extra brings it")
 
@@ -23,6 +25,7 @@ import math, torch
 from hymba_tune.model.ops import gpu, triton_scan, use_backend, selective_scan
 from tests.model.ops.cases import offsets
 from tests.model.ops import test_selective_scan as scans
+from tests.model.ops.test_triton_scan import check_with_meta
 
 torch.use_deterministic_algorithms(True)  # fresh memory is full of NaN
 torch.manual_seed(0)
@@ -35,6 +38,9 @@ for lengths in {lengths}:
     for dtype, initial in {cases}:
         states = len(lengths) if initial == 2 else initial
         scans.check(op, lengths, scans.random_inputs(sum(lengths), 3, 5, dtype, states))
+for num_meta, lengths in {metas}:
+    for dtype in {{dtype for dtype, _ in {cases}}}:
+        check_with_meta(op, num_meta, lengths, scans.random_inputs(num_meta + sum(lengths), 3, 5, dtype))
 inputs = scans.random_inputs(6, 2, 3)
 inputs["dt"][1] = math.nan
 y, final = op(**inputs, cu_seqlens=offsets([2, 4]))
@@ -42,6 +48,9 @@ assert y[1].isnan().all() and y[2:].isfinite().all() and final[1].isfinite().all
 with use_backend("triton"):
     again, _ = selective_scan(**inputs, cu_seqlens=offsets([2, 4]))
 assert torch.equal(again[2:], y[2:])
+inputs["dt"][:2] = torch.tensor([0, math.nan])[:, None]
+y, final = op(**inputs, cu_seqlens=offsets([2, 3]), num_meta=1)
+assert y[1].isnan().all() and y[0].isfinite().all() and y[3:].isfinite().all() and final[1].isfinite().all()
 print("all equal")
 """
 
@@ -59,14 +68,38 @@ x, gate, dt = zeros(tokens, channels), zeros(tokens, channels), zeros(tokens, ch
 B, C = zeros(tokens, states), zeros(tokens, states)
 for op, inputs in (
     (triton_scan.selective_scan, (x, dt, A, B, C, D, gate, ends, state)),
+    (triton_scan.selective_scan, (x, dt, A, B, C, D, gate, torch.tensor([0, 260]), None, 40)),
     (triton_conv.causal_conv1d, (x, zeros(channels, 4), zeros(channels), ends, zeros(1, channels, 4))),
 ):
     y, final = op(*inputs)
     torch.autograd.backward([y, final], [torch.ones_like(y), torch.ones_like(final)])
 """
-KERNELS = {"time_steps", "chunk_ends", "carry", "outputs", "tile_starts", "chunk_gradients", "gradients"} | {
+KERNELS = {"chunk_ends", "carry", "outputs", "tile_starts", "chunk_gradients", "gradients"} | {
     "forward", "final_states", "before_silu", "inputs_gradient", "initial_gradient"
 }  # fmt: skip
+
+
+def composed(num_meta: int, *, cu_seqlens: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
+    """The reference's scan of the meta tokens, then of the documents from the state that they left."""
+    names = ("x", "dt", "B", "C", "gate")
+    meta, others = ({**inputs, **{name: inputs[name][part] for name in names}}
+                    for part in (slice(num_meta), slice(num_meta, None)))  # fmt: skip
+    y_meta, state = reference.selective_scan(**meta, cu_seqlens=offsets([num_meta]).to(cu_seqlens.device))
+    y, final = reference.selective_scan(**others | {"initial_state": state}, cu_seqlens=cu_seqlens)
+    return torch.cat([y_meta, y]), final
+
+
+def results_with_meta(
+    op: Any, num_meta: int, cu_seqlens: Tensor, inputs: scans.Inputs, upstream: list[Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What an op and the composed reference make of num_meta meta tokens before the documents."""
+    found = results(partial(op, num_meta=num_meta), inputs, cu_seqlens, upstream)
+    return found, results(partial(composed, num_meta), inputs, cu_seqlens, upstream)
+
+
+def check_with_meta(op: Any, num_meta: int, lengths: list[int], inputs: scans.Inputs) -> None:
+    upstream = scans.upstream_of(inputs, len(lengths))
+    assert_same_results(*results_with_meta(op, num_meta, offsets(lengths), inputs, upstream))
 
 
 # Types and initial states (none, shared, one a document): each once, and all with all.
@@ -82,7 +115,9 @@ def run(code: str, interpret: bool) -> str:
 
 
 def test_outputs_states_and_gradients_are_the_reference_s() -> None:
-    code = IN_THE_INTERPRETER.format(lengths="([5, 0, 1, 3],)", more="a full run has more", cases=FEW)
+    code = IN_THE_INTERPRETER.format(
+        lengths="([5, 0, 1, 3],)", metas="((5, [5, 0, 1, 2]),)", more="a full run has more", cases=FEW
+    )
     assert "all equal" in run(code, interpret=True)
 
 
@@ -121,7 +156,6 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lengths", [[2000], [1] * 70, [3, 0, 700, 1, 500, 0]], ids=["one", "ones", "ragged"])
 def test_on_a_gpu_they_are_the_reference_s(lengths: list[int], dtype: torch.dtype) -> None:
-    """Sums over up to 2,000 tokens, and exp2 and division at the GPU's approximate precision in float32."""
     from hymba_tune.model.ops import triton_conv, triton_scan
 
     torch.manual_seed(0)
@@ -135,15 +169,45 @@ def test_on_a_gpu_they_are_the_reference_s(lengths: list[int], dtype: torch.dtyp
         with torch.no_grad():
             upstream = [torch.randn_like(out) for out in truth(**inputs, cu_seqlens=ends)]
         found, expected = (results(f, inputs, ends, upstream) for f in (op, truth))
-        for name, wanted in expected.items():
-            error = float((found[name] - wanted).norm() / wanted.norm().clamp(min=1e-30))
-            assert error < {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2**-7}[wanted.dtype], name
+        assert_close_on_a_gpu(found, expected)
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("num_meta", "lengths"),
+    [(128, [2000]), (1, [1] * 70), (300, [3, 0, 700, 1, 500, 0])],
+    ids=["one", "ones", "ragged"],
+)
+def test_on_a_gpu_meta_tokens_come_before_every_document(num_meta: int, lengths: list[int], dtype: torch.dtype) -> None:
+    from hymba_tune.model.ops import triton_scan
+
+    torch.manual_seed(0)
+    drawn = scans.random_inputs(num_meta + sum(lengths), dtype=dtype)
+    inputs = {name: t if t is None else t.cuda() for name, t in drawn.items()}
+    upstream = [t.cuda() for t in scans.upstream_of(drawn, len(lengths))]
+    ends = offsets(lengths).cuda()
+    found, expected = results_with_meta(triton_scan.selective_scan, num_meta, ends, inputs, upstream)
+    assert_close_on_a_gpu(found, expected)
+    again, _ = results_with_meta(triton_scan.selective_scan, num_meta, ends, inputs, upstream)
+    assert all(torch.equal(again[name], t) for name, t in found.items())
+
+
+def assert_close_on_a_gpu(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Sums over up to 2,000 tokens, and exp2 and division at the GPU's approximate precision in float32."""
+    for name, wanted in expected.items():
+        error = float((found[name] - wanted).norm() / wanted.norm().clamp(min=1e-30))
+        assert error < {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2**-7}[wanted.dtype], name
 
 
 @pytest.mark.full
 def test_long_and_awkward_documents_too() -> None:
     code = IN_THE_INTERPRETER.format(
-        lengths="([1], [63], [1] * 4, [40, 25], [3, 0, 1, 30, 17, 0], [0, 0])", more="these are they", cases=ALL
+        lengths="([1], [63], [1] * 4, [40, 25], [3, 0, 1, 30, 17, 0], [0, 0])",
+        metas="((1, [1]), (1, [7, 0]), (5, [0, 1, 2, 20]), (40, [2, 9]), (70, [33, 0, 1]), (3, [0, 0]), (3, []))",
+        more="these are they",
+        cases=ALL,
     )
     assert "all equal" in run(code, interpret=True)
 
@@ -151,7 +215,7 @@ def test_long_and_awkward_documents_too() -> None:
 @pytest.mark.full
 def test_every_kernel_compiles_for_a_gpu_that_is_not_here() -> None:
     """To machine code of compute capability 9.0, bf16 in and out: what a type or a shape would break is found here."""
-    said = dict(line.split(":", 1) for line in run(COMPILED, interpret=False).splitlines())
-    assert said.keys() == KERNELS
+    said = [line.split(":", 1) for line in run(COMPILED, interpret=False).splitlines()]
+    assert {name for name, _ in said} == KERNELS
     # The kernel of all gradients fills its registers to the last.
-    assert all(text.endswith(" 0 bytes spilled") for name, text in said.items() if name != "gradients"), said
+    assert all(text.endswith(" 0 bytes spilled") for name, text in said if name != "gradients"), said
