@@ -20,7 +20,7 @@ from benchmarks.record import gpu_seconds, require_gpu, write_result
 TOKENS, CHANNELS, STATES, ROUNDS = 8192, 3200, 16, 20
 
 
-def inputs(dtype: torch.dtype) -> dict[str, Tensor]:
+def inputs(dtype: torch.dtype) -> dict[str, Any]:
     torch.manual_seed(0)
 
     def normal(*shape: int, kind: torch.dtype = dtype) -> Tensor:

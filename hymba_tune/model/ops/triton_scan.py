@@ -149,7 +149,7 @@ class _SelectiveScan(torch.autograd.Function):
         delta = A.new_empty(x.shape) if differentiable else None
         final = A.new_empty(launch.documents, *launch.state)
         ends, steps = launch.buffers()
-        stepped = {"dt": dt, "dt_row": dt.stride(0), "TERMS": TERMS[A.dtype], "META": launch.meta}
+        stepped: dict[str, Any] = {"dt": dt, "dt_row": dt.stride(0), "TERMS": TERMS[A.dtype], "META": launch.meta}
         if chunks.several or launch.meta:
             launch(kernels.chunk_ends, **launch.driven, **stepped, ends=ends, steps=steps)
         entering = torch.empty_like(ends)
