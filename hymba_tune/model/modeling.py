@@ -127,29 +127,14 @@ class HybridHeadMixer(nn.Module):
         """-> (T, H, dv)"""
         if cache is not None and cache.is_initialized:
             return cache.attend(self.producer, q, k, v, stream, self.window)
-        meta = stream.num_meta
-        if not meta:
-            return ops.segment_attention(q, k, v, stream.cu_seqlens, window=self.window)
-        (q_meta, q), (k_meta, k), (v_meta, v) = (_split_meta(part, meta) for part in (q, k, v))
-        of_meta = ops.segment_attention(q_meta, k_meta, v_meta, stream.meta_cu_seqlens)
-        of_documents = ops.segment_attention(q, k, v, stream.cu_seqlens, k_meta, v_meta, self.window)
-        return torch.cat([of_meta, of_documents])
+        return ops.segment_attention(q, k, v, stream.cu_seqlens, window=self.window, num_meta=stream.num_meta)
 
     def _ssm(self, x: Tensor, gate: Tensor, stream: Stream, cache: HymbaCache | None) -> Tensor:
         """(T, Dn), (T, Dn) -> (T, Dn): the meta tokens first, then every document from the state they left."""
         conv_state, scan_state = self._past(cache)
         if cache is not None and cache.steps_in_place(stream):
             return self._step(x, gate, conv_state, scan_state)
-        meta = stream.num_meta
-        if not meta:
-            y, conv_state, scan_state = self._scan(x, gate, stream.cu_seqlens, conv_state, scan_state)
-        else:
-            (x_meta, x), (gate_meta, gate) = _split_meta(x, meta), _split_meta(gate, meta)
-            y_meta, conv_state, scan_state = self._scan(
-                x_meta, gate_meta, stream.meta_cu_seqlens, conv_state, scan_state
-            )
-            y, conv_state, scan_state = self._scan(x, gate, stream.cu_seqlens, conv_state, scan_state)
-            y = torch.cat([y_meta, y])
+        y, conv_state, scan_state = self._scan(x, gate, stream, conv_state, scan_state)
         if cache is not None:
             cache.set_states(self.layer, conv_state, scan_state)
         return y
@@ -159,14 +144,16 @@ class HybridHeadMixer(nn.Module):
         return (None, None) if states is None else states
 
     def _scan(
-        self, x: Tensor, gate: Tensor, cu_seqlens: Tensor, conv_state: Tensor | None, scan_state: Tensor | None
+        self, x: Tensor, gate: Tensor, stream: Stream, conv_state: Tensor | None, scan_state: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Conv, selection and scan of segments -> y (T, Dn), conv state (S, Dn, K), scan state (S, Dn, N)."""
+        """Conv, selection and scan -> y (T, Dn), and of each document conv state (Dn, K) and scan state (Dn, N)."""
         assert self.conv1d.bias is not None
-        x, conv_state = ops.causal_conv1d(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, cu_seqlens, conv_state)
+        ends, meta = stream.cu_seqlens, stream.num_meta
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        x, conv_state = ops.causal_conv1d(x, weight, bias, ends, conv_state, meta)
         dt, b, c = self._selection(x)
         a = -torch.exp(self.A_log[0].to(dt.dtype))
-        y, scan_state = ops.selective_scan(x, dt, a, b, c, self.D[0].to(dt.dtype), gate, cu_seqlens, scan_state)
+        y, scan_state = ops.selective_scan(x, dt, a, b, c, self.D[0].to(dt.dtype), gate, ends, scan_state, meta)
         return y, conv_state, scan_state
 
     def _step(self, x: Tensor, gate: Tensor, conv_state: Tensor | None, scan_state: Tensor | None) -> Tensor:
@@ -469,12 +456,6 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
             raise ValueError(f"cache_implementation={kind!r}: Hymba has a cache of its own; leave it out")
         if given is None and generation_config.use_cache:
             model_kwargs["past_key_values"] = HymbaCache(self.config, max_length=max_cache_length)
-
-
-def _split_meta(x: Tensor, meta: int) -> tuple[Tensor, Tensor]:
-    """(T, ..) -> the meta tokens' rows and the others': a split, whose backward is one copy where slices take six."""
-    of_meta, others = x.split([meta, x.shape[0] - meta])
-    return of_meta, others
 
 
 def _rope_table(rope_ids: Tensor, config: HymbaConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

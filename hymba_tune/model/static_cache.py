@@ -83,19 +83,12 @@ class StaticHymbaCache(HymbaCache):
         """Take in the K/V of one token a row, (B, Hkv, d) and (B, Hkv, dv)."""
         self.steps_in_place(stream)
         assert self.lengths is not None
-        row = torch.arange(stream.shape[0], device=self.lengths.device)
-        places: dict[int, Tensor] = {}
+        step = ops.steps(self.lengths.device).append_step
         for layer, (k, v) in produced.items():
-            cache = self.layers[layer]
-            assert cache.k is not None
-            assert cache.v is not None
-            # A windowed layer's slots are a ring; a global layer's are as many as there will be tokens.
-            slots = cache.k.shape[2]
-            if slots not in places:
-                places[slots] = self.lengths % slots
-            slot = places[slots]
-            cache.k[row, :, slot] = k.to(cache.k.dtype)
-            cache.v[row, :, slot] = v.to(cache.v.dtype)
+            held = self.layers[layer]
+            assert held.k is not None
+            assert held.v is not None
+            step(k, v, held.k, held.v, self.lengths)
         self.lengths += 1
 
 

@@ -14,7 +14,6 @@ Shapes: B rows, L slots a row, T real tokens, M meta tokens, S documents, C any 
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -37,11 +36,6 @@ class Stream:
     """(T,) int64: the slot (row * L + column) of each real token; None where every slot is real."""
     rope_ids: Tensor
     """(num_meta + T,) int64: meta tokens 0 to M - 1, then M + the token's position id."""
-
-    @functools.cached_property
-    def meta_cu_seqlens(self) -> Tensor:
-        """(2,) int64: the meta tokens as a segment; one tensor for all layers, which keep what they derive from it."""
-        return torch.tensor([0, self.num_meta], device=self.cu_seqlens.device)
 
     def flatten(self, x_BLC: Tensor) -> Tensor:
         """(B, L, C) -> (T, C): the real tokens in stream order."""

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from hymba_tune.model import HymbaCache, HymbaForCausalLM, ops
-from hymba_tune.model.ops import reference
 from tests.model.models import generate, gradients, random_ids, random_model, tiny_config
 
 # Half a unit in the last place of bfloat16's 8 bits, and of float32 after a few hundred accumulated steps.
@@ -71,8 +70,11 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
 
 
 def exact_scan(inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    wide = [value.double() if isinstance(value, Tensor) and value.is_floating_point() else value for value in inputs]
-    return reference.selective_scan(*wide)
+    wide: list[Any] = [
+        value.double() if isinstance(value, Tensor) and value.is_floating_point() else value for value in inputs
+    ]
+    with ops.use_backend("reference"):
+        return Recorder.original(*wide)
 
 
 def check_scans(recorder: Recorder) -> None:
@@ -133,18 +135,16 @@ def test_decoding_in_bfloat16_carries_the_state_in_float32(recorder: Recorder) -
     model, cache, steps = slow_model(torch.bfloat16), HymbaCache(tiny_config()), 60
     layers = model.config.num_hidden_layers
     model(random_ids(1, 10), past_key_values=cache)
-    # The scans of a first call alternate: the meta tokens of a layer, its document.
-    of_meta, of_prompt = recorder.scans[0::2], recorder.scans[1::2]
-    recorder.scans = []
+    of_prompt, recorder.scans = recorder.scans, []
     for token in random_ids(1, steps, seed=1).split(1, dim=1):
         model(token, past_key_values=cache)
     for layer in range(layers):
         calls = [of_prompt[layer], *recorder.scans[layer::layers]]
         assert len(calls) == steps + 1
         x, dt, b, c, gate = (torch.cat([call.inputs[i] for call in calls]) for i in (0, 1, 3, 4, 6))
-        a, d = calls[0].inputs[2], calls[0].inputs[5]
-        start = exact_scan(of_meta[layer].inputs)[1]
-        _, state = exact_scan((x, dt, a, b, c, d, gate, torch.tensor([0, len(x)]), start))
+        a, d, meta = (calls[0].inputs[i] for i in (2, 5, -1))
+        assert meta == model.config.num_memory_tokens
+        _, state = exact_scan((x, dt, a, b, c, d, gate, torch.tensor([0, len(x) - meta]), None, meta))
         held = cache.layers[layer].ssm
         assert held is not None
         assert held.dtype == torch.float32

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hymba_tune.errors import UserError
+from hymba_tune.model.ops import meta_first
 
 __all__ = [
     "BACKENDS",
@@ -39,7 +40,8 @@ OPS = ("selective_scan", "causal_conv1d", "segment_attention", "elementwise", "s
 BACKENDS = ("auto", "reference", "cpu", "triton")
 ENVIRONMENT_VARIABLE = "HYMBA_TUNE_BACKEND"
 
-# A backend is a module with the operations as functions, DEVICES that it runs on, and `available(op) -> (ok, reason)`.
+# A backend is a module with the operations as functions, DEVICES that it runs on, META_FIRST, the operations that take
+# meta tokens in front of the segments, and `available(op) -> (ok, reason)`.
 _MODULES = {
     "triton": "hymba_tune.model.ops.gpu",
     "cpu": "hymba_tune.model.ops.cpu",
@@ -85,18 +87,36 @@ def selective_scan(
     gate: Tensor,
     cu_seqlens: Tensor,
     initial_state: Tensor | None = None,
+    num_meta: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Gated selective scan over segments -> (y, final_state); see reference.selective_scan."""
+    """Gated selective scan over segments -> (y, final_state); see reference.selective_scan.
+
+    `num_meta` meta tokens in front of them: see meta_first.selective_scan; then there is no initial state.
+    """
     backend = _backend("selective_scan", x.device.type)
-    return backend.selective_scan(x, dt, A, B, C, D, gate, cu_seqlens, initial_state)
+    if num_meta and "selective_scan" not in backend.META_FIRST:
+        return meta_first.selective_scan(backend.selective_scan, x, dt, A, B, C, D, gate, cu_seqlens, num_meta)
+    native = {"num_meta": num_meta} if num_meta else {}
+    return backend.selective_scan(x, dt, A, B, C, D, gate, cu_seqlens, initial_state, **native)
 
 
 def causal_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor, initial_state: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    cu_seqlens: Tensor,
+    initial_state: Tensor | None = None,
+    num_meta: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Depthwise causal conv + bias + silu over segments -> (y, final_state); see reference.causal_conv1d."""
+    """Depthwise causal conv + bias + silu over segments -> (y, final_state); see reference.causal_conv1d.
+
+    `num_meta` meta tokens in front of them: see meta_first.causal_conv1d; then there is no initial state.
+    """
     backend = _backend("causal_conv1d", x.device.type)
-    return backend.causal_conv1d(x, weight, bias, cu_seqlens, initial_state)
+    if num_meta and "causal_conv1d" not in backend.META_FIRST:
+        return meta_first.causal_conv1d(backend.causal_conv1d, x, weight, bias, cu_seqlens, num_meta)
+    native = {"num_meta": num_meta} if num_meta else {}
+    return backend.causal_conv1d(x, weight, bias, cu_seqlens, initial_state, **native)
 
 
 def segment_attention(
@@ -107,10 +127,17 @@ def segment_attention(
     prefix_k: Tensor | None = None,
     prefix_v: Tensor | None = None,
     window: int | None = None,
+    num_meta: int = 0,
 ) -> Tensor:
-    """Windowed causal attention over segments with a shared prefix -> (T, H, dv); see reference.segment_attention."""
+    """Windowed causal attention over segments with a shared prefix -> (T, H, dv); see reference.segment_attention.
+
+    `num_meta` meta tokens in front of them are that prefix: see meta_first.segment_attention.
+    """
     backend = _backend("segment_attention", q.device.type)
-    return backend.segment_attention(q, k, v, cu_seqlens, prefix_k, prefix_v, window)
+    if num_meta and "segment_attention" not in backend.META_FIRST:
+        return meta_first.segment_attention(backend.segment_attention, q, k, v, cu_seqlens, window, num_meta)
+    native = {"num_meta": num_meta} if num_meta else {}
+    return backend.segment_attention(q, k, v, cu_seqlens, prefix_k, prefix_v, window, **native)
 
 
 def elementwise(device: torch.device) -> ModuleType | None:

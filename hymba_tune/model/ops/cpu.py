@@ -9,6 +9,7 @@ from hymba_tune.model.ops.reference import elementwise, steps
 __all__ = ["DEVICES", "available", "causal_conv1d", "elementwise", "segment_attention", "selective_scan", "steps"]
 
 DEVICES = ("cpu",)
+META_FIRST: frozenset[str] = frozenset()
 
 
 def _compiler_problem() -> str | None:

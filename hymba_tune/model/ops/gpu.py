@@ -1,4 +1,4 @@
-"""The GPU backend: everything but attention over sequences in Triton, and that by FlexAttention, which compiles to it.
+"""The GPU backend: Triton kernels.
 
 Without a GPU the same code runs on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1), slowly: that is how it is
 tested.
@@ -14,17 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hymba_tune.model.ops.flex_attention import segment_attention
-
 __all__ = ["DEVICES", "available", "causal_conv1d", "elementwise", "segment_attention", "selective_scan", "steps"]
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ("cuda", "cpu") if _INTERPRETED else ("cuda",)
+META_FIRST = frozenset({"segment_attention", "selective_scan"})
 
 _TECHNIQUE = {
     "selective_scan": "Triton kernels with document starts and initial states",
     "causal_conv1d": "Triton kernels with document starts and initial states",
-    "segment_attention": "FlexAttention, one block mask for each kind of layer",
+    "segment_attention": "Triton kernels over what the meta tokens, documents and windows let a block see",
     "elementwise": "Triton kernels for norms, RoPE and SwiGLU",
     "steps": "Triton kernels, what a row has cached shared out to many programs",
 }
@@ -35,6 +34,13 @@ def selective_scan(*inputs: Any, **named: Any) -> tuple[Tensor, Tensor]:
     from hymba_tune.model.ops import triton_scan
 
     return triton_scan.selective_scan(*inputs, **named)
+
+
+def segment_attention(*inputs: Any, **named: Any) -> Tensor:
+    """See reference.segment_attention. Triton is imported at the first call."""
+    from hymba_tune.model.ops import triton_attention
+
+    return triton_attention.segment_attention(*inputs, **named)
 
 
 def causal_conv1d(*inputs: Any, **named: Any) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 LINEAR_SOFTPLUS = 40.0
 
 DEVICES = ("cpu", "cuda", "mps", "meta")
+META_FIRST: frozenset[str] = frozenset()
 
 
 def available(op: str) -> tuple[bool, str]:

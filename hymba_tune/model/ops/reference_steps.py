@@ -1,6 +1,6 @@
 """The truth of decoding: what attention, conv and scan do to one more token a row, in plain torch, without gradients.
 
-Conv inputs and scan states are changed in place. Legend: R rows, M meta tokens, P cached slots; the other letters as in
+What a row has cached is changed in place. Legend: R rows, M meta tokens, P cached slots; the other letters as in
 reference.py.
 """
 
@@ -51,6 +51,13 @@ def attention_step(
     of_meta = torch.einsum("bhgm,mhv->bhgv", meta, meta_v.to(dtype))
     out = of_meta + cached @ cached_v.to(dtype) + own * v.to(dtype).unsqueeze(2)
     return out.flatten(1, 2).to(q.dtype)
+
+
+def append_step(k: Tensor, v: Tensor, cached_k: Tensor, cached_v: Tensor, lengths: Tensor) -> None:
+    """Write a token a row, k (R, Hkv, d) and v (R, Hkv, dv), into the slot of its position; see attention_step."""
+    row, slot = torch.arange(len(k), device=k.device), lengths % cached_k.shape[2]
+    cached_k[row, :, slot] = k.to(cached_k.dtype)
+    cached_v[row, :, slot] = v.to(cached_v.dtype)
 
 
 def _seen_slots(lengths: Tensor, slots: int, window: int | None) -> Tensor:

@@ -21,19 +21,19 @@ from hymba_tune.model.ops import triton_steps_kernels as kernels
 from hymba_tune.model.ops.triton_scan import TERMS, rows_of
 
 # Attention: keys of a block; enough programs to fill the GPU, none with more slots than this in a full cache.
-KEYS, KEY_WARPS, KEY_STAGES = 64, 4, 3
-PROGRAMS, LONGEST_PART = 1024, 1024
+KEYS, KEY_WARPS, KEY_STAGES = 32, 4, 3
+PROGRAMS, LONGEST_PART = 528, 2048
 # Parts that are joined at a time.
 JOINED = 8
 # Conv: channels of a program. Scan: rows and channels of one.
-CONV_BLOCK = 512
-SCAN_ROWS, SCAN_BLOCK, SCAN_WARPS = 4, 32, 4
+CONV_BLOCK = 128
+SCAN_ROWS, SCAN_BLOCK, SCAN_WARPS = 1, 128, 4
 # The tensor cores' smallest product.
 SMALLEST = 16
 
-_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.float64: tl.float64}
+TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.float64: tl.float64}
 # Triton's interpreter multiplies the bits of bfloat16 matrices as integers.
-_PRODUCTS = _TYPES | ({torch.bfloat16: tl.float32} if os.environ.get("TRITON_INTERPRET") == "1" else {})
+PRODUCTS = TYPES | ({torch.bfloat16: tl.float32} if os.environ.get("TRITON_INTERPRET") == "1" else {})
 
 
 def attention_step(
@@ -62,16 +62,25 @@ def attention_step(
         *(t.contiguous() for t in tensors), out, sums, peaks, totals, pairs, max(slots, 1), len(meta_k),
         slots if window is None else window, dim**-0.5 * math.log2(math.e), KV_HEADS=kv_heads, GROUP=heads // kv_heads,
         DIM=dim, VALUE_DIM=value_dim, SPLITS=splits, QUERIES=max(SMALLEST, triton.next_power_of_2(heads // kv_heads)),
-        D=max(SMALLEST, triton.next_power_of_2(dim)), E=width, BLOCK=KEYS, PRODUCT=_PRODUCTS[q.dtype],
-        WIDE=_TYPES[wide], num_warps=KEY_WARPS, num_stages=KEY_STAGES,
+        D=max(SMALLEST, triton.next_power_of_2(dim)), E=width, BLOCK=KEYS, PRODUCT=PRODUCTS[q.dtype],
+        WIDE=TYPES[wide], num_warps=KEY_WARPS, num_stages=KEY_STAGES,
     )  # fmt: skip
     if splits > 1:
         kernels.join[(rows * heads,)](
             sums, peaks, totals, out, rows * heads, VALUE_DIM=value_dim, SPLITS=splits,
             S=triton.next_power_of_2(splits), E=width, TOGETHER=min(JOINED, triton.next_power_of_2(splits)),
-            WIDE=_TYPES[wide],
+            WIDE=TYPES[wide],
         )  # fmt: skip
     return out
+
+
+def append_step(k: Tensor, v: Tensor, cached_k: Tensor, cached_v: Tensor, lengths: Tensor) -> None:
+    """Triton; see reference_steps.append_step."""
+    (rows, kv_heads, dim), value_dim, slots = k.shape, v.shape[2], cached_k.shape[2]
+    kernels.append[(rows * kv_heads,)](
+        k.contiguous(), v.contiguous(), _in_place(cached_k), _in_place(cached_v), lengths, slots, KV_HEADS=kv_heads,
+        DIM=dim, VALUE_DIM=value_dim, SIZE=triton.next_power_of_2(max(dim, value_dim)), num_warps=1,
+    )  # fmt: skip
 
 
 def parts(pairs: int, slots: int) -> int:
@@ -84,7 +93,7 @@ def conv_step(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> Tensor:
     """Triton; see reference_steps.conv_step."""
     (rows, channels), taps, x = x.shape, weight.shape[1], rows_of(x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    wide = _TYPES[torch.promote_types(x.dtype, torch.float32)]
+    wide = TYPES[torch.promote_types(x.dtype, torch.float32)]
     kernels.conv[(rows, triton.cdiv(channels, CONV_BLOCK))](
         x, weight.contiguous(), bias, _in_place(state), y, channels, x.stride(0), K=taps, BLOCK=CONV_BLOCK, WIDE=wide
     )
@@ -101,7 +110,7 @@ def scan_step(
     kernels.scan[(triton.cdiv(rows, SCAN_ROWS), triton.cdiv(channels, SCAN_BLOCK))](
         x, dt, A_log.contiguous(), B, C, D, gate, _in_place(state), y, rows, channels,
         *(t.stride(0) for t in (x, dt, B, C, gate)), STATES=states, N=triton.next_power_of_2(states), ROWS=SCAN_ROWS,
-        BLOCK=SCAN_BLOCK, TERMS=TERMS[wide], WIDE=_TYPES[wide], num_warps=SCAN_WARPS,
+        BLOCK=SCAN_BLOCK, TERMS=TERMS[wide], WIDE=TYPES[wide], num_warps=SCAN_WARPS,
     )  # fmt: skip
     return y
 

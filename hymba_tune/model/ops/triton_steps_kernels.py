@@ -120,6 +120,20 @@ def join(
 
 
 @triton.jit
+def append(
+    k, v, cached_k, cached_v, lengths, slots, KV_HEADS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    SIZE: tl.constexpr,
+):  # fmt: skip
+    """A pair's new key and value into its slot."""
+    pair, n = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
+    at = pair * slots + tl.load(lengths + pair // KV_HEADS) % slots
+    key = tl.load(k + pair * DIM + n, mask=n < DIM)
+    value = tl.load(v + pair * VALUE_DIM + n, mask=n < VALUE_DIM)
+    tl.store(cached_k + at * DIM + n, key.to(cached_k.dtype.element_ty), mask=n < DIM)
+    tl.store(cached_v + at * VALUE_DIM + n, value.to(cached_v.dtype.element_ty), mask=n < VALUE_DIM)
+
+
+@triton.jit
 def conv(x, weight, bias, state, y, channels, x_row, K: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     """One row's token: push x into the state, then bias + sum over taps, silu."""
     row = tl.program_id(0).to(tl.int64)

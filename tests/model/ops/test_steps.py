@@ -69,6 +69,15 @@ def check_attention(step: Any, inputs: dict[str, Tensor], window: int | None) ->
     close(step(**inputs, window=window), reference_steps.attention_step(**inputs, window=window), inputs["q"].dtype)
 
 
+def check_append(step: Any, inputs: dict[str, Tensor]) -> None:
+    """Into the slots that the truth writes, and no other."""
+    found, expected = ([inputs["cached_k"].clone(), inputs["cached_v"].clone()] for _ in range(2))
+    step(inputs["k"], inputs["v"], *found, inputs["lengths"])
+    reference_steps.append_step(inputs["k"], inputs["v"], expected[0], expected[1], inputs["lengths"])
+    assert all(torch.equal(ours, truth) for ours, truth in zip(found, expected, strict=True))
+    assert not torch.equal(found[0], inputs["cached_k"])
+
+
 def check_in_place(step: Any, truth: Any, inputs: dict[str, Tensor]) -> None:
     """The output and the state, which is changed where it lies."""
     state, place = inputs.pop("state"), inputs["x"].dtype
@@ -148,6 +157,7 @@ for programs, longest in ((1, 1000), (40, 16)):
     ):
         inputs = cases.attention_inputs(lengths, slots, heads, sizes, meta, dtype)
         cases.check_attention(triton_steps.attention_step, inputs, window)
+        cases.check_append(triton_steps.append_step, inputs)
 print("all equal")
 """
 STATES = """
@@ -229,6 +239,7 @@ lengths = zeros(128, dtype=torch.int64)
 for slots, window in ((8220, None), (1024, 1024), (256, 1024)):
     caches = zeros(128, 5, slots, 64), zeros(128, 5, slots, 128)
     triton_steps.attention_step(q, k, v, meta, zeros(128, 5, 128), *caches, lengths, window)
+    triton_steps.append_step(k, v, *caches, lengths)
 projected, selected, wide = zeros(128, 8960), zeros(128, 132), torch.float32
 x, gate = projected[:, 2560:5760], projected[:, 5760:]
 triton_steps.conv_step(x, zeros(3200, 4), zeros(3200), zeros(128, 3200, 4))
@@ -242,7 +253,7 @@ triton_steps.scan_step(zeros(128, 3200), zeros(128, 3200, dtype=wide), zeros(320
 def test_every_kernel_compiles_for_a_gpu_that_is_not_here() -> None:
     """To machine code of compute capability 9.0 for the shapes of Hymba-1.5B in bf16."""
     said = run(COMPILED, interpret=False).splitlines()
-    assert {line.partition(":")[0] for line in said} == {"attend", "join", "conv", "scan"}
+    assert {line.partition(":")[0] for line in said} == {"attend", "join", "append", "conv", "scan"}
     assert all(line.endswith(" 0 bytes spilled") for line in said), said
 
 
@@ -260,7 +271,9 @@ def test_on_a_gpu_triton_s_steps_are_the_reference_s(dtype: torch.dtype) -> None
     if dtype != torch.float64:
         for lengths, slots, window in (([0, 1, 700, 3000], 3000, None), ([0, 30, 1024, 2900], 1024, 1024)):
             inputs = attention_inputs(lengths, slots, (25, 5), (64, 128), 128, dtype)
-            check_attention(triton_steps.attention_step, {n: t.cuda() for n, t in inputs.items()}, window)
+            there = {n: t.cuda() for n, t in inputs.items()}
+            check_attention(triton_steps.attention_step, there, window)
+            check_append(triton_steps.append_step, there)
     scanned = {n: t.cuda() for n, t in scan_inputs(5, 3200, 16, dtype).items()}
     check_in_place(triton_steps.scan_step, reference_steps.scan_step, scanned)
     drawn = given(convs.random_inputs(5, 4, 3200, dtype, initial=5))
