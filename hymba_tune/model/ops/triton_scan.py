@@ -30,8 +30,10 @@ from hymba_tune.model.ops import triton_scan_kernels as kernels
 # Channels of a program of one warp, so many a thread: all states of a channel lie in one thread's registers. The kernel
 # that holds gradients too has no room for a second channel.
 BLOCK, GRADIENT_BLOCK, WARPS = 64, 32, 1
-# Tokens that are loaded together. The backward kernel holds their decays and states in registers: with 8 it spills.
+# Tokens that are loaded together. The backward kernel holds their states in registers: with 8 it spills.
 TILE = 4
+# Registers of a thread of that kernel: 10 programs then share a multiprocessor, not 8, and hardly any are spilled.
+GRADIENT_REGISTERS = 200
 # Channels of a program that carries a state over the chunks, loaded GROUP at a time.
 CARRIED, GROUP = 32, 8
 # Enough chunks of a long document to fill the GPU, few enough for the serial pass over them.
@@ -177,7 +179,7 @@ class _SelectiveScan(torch.autograd.Function):
         wanted: dict[str, Any] = {"dx": dx, "ddt": ddt, "dgate": dgate, "dBC": dBC, "dAD": dAD}
         launch(kernels.gradients, **launch.driven, **launch.gated(gate), **launch.summed(), **wanted, delta=delta, D=D,
                dy=dy, kept=kept, entering=entering, tokens=len(x), TERMS=DERIVATIVE_TERMS[A.dtype],
-               block=GRADIENT_BLOCK)  # fmt: skip
+               block=GRADIENT_BLOCK, maxnreg=GRADIENT_REGISTERS)  # fmt: skip
         dB, dC = dBC.sum(0).to(B.dtype)
         of_parameters = dAD.sum(0)
         dA, dD = of_parameters[:-1].mT, of_parameters[-1]

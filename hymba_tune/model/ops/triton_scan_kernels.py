@@ -353,6 +353,7 @@ def gradients(
 
     dBC (blocks, 2, T, STATES) are those of B and C, dAD (chunks, STATES + 1, channels) those of A and then D.
     Tile by tile from the right: the states of a tile are computed again from the kept ones and stay in registers.
+    Decays are computed twice: held, they would take the registers that let more programs share a multiprocessor.
     """
     WIDE: tl.constexpr = A.dtype.element_ty
     chunk = tl.program_id(1).to(tl.int64)
@@ -377,19 +378,12 @@ def gradients(
         gates = load_tile(gate, at, stop, gate_row, d, channels, TILE, WIDE)
         dys = load_tile(dy, at, stop, channels, d, channels, TILE, WIDE)
         rows = load_bc(lanes, at, stop, TILE, STATES, WIDE)
-        decays = ()
-        decayed = ()
+        befores = ()
         dvs = ()
         for i in tl.static_range(TILE):
             t = at + i
-            drive = deltas[i] * xs[i]
-            after = ()
-            for n in tl.static_range(STATES):
-                decay = tl.exp2(deltas[i] * rate[n])
-                decays = decays + (decay,)
-                decayed = decayed + (decay * h[n],)
-                after = after + (decay * h[n] + drive * pick(rows[i], n, drive),)
-            h = after
+            befores = befores + (h,)
+            h = advance(h, deltas[i], deltas[i] * xs[i], rate, rows[i], STATES)
             v = skip * xs[i]
             for n in tl.static_range(STATES):
                 v += h[n] * pick(rows[i], STATES + n, v)
@@ -404,25 +398,27 @@ def gradients(
             store_sums(
                 dBC + ((2 * block + 1) * tokens + t) * STATES, products, lane, live, STATES, WIDTH, HALVINGS, EXCHANGES
             )
-        # Read again: kept from above, what was picked from the rows would fill more registers than there are.
+        # Read again: kept from above, what is made of them would fill more registers than there are.
+        deltas = load_tile(delta, at, stop, channels, d, channels, TILE, WIDE)
         rows = load_bc(lanes, at, stop, TILE, STATES, WIDE)
         for i in tl.static_range(TILE - 1, -1, -1):
             t = at + i
             drive = deltas[i] * xs[i]
             ddrive = tl.zeros_like(skip)
             by_rate = tl.zeros_like(skip)
-            before = ()
+            dbefores = ()
             sums = ()
             products = ()
             for n in tl.static_range(STATES):
                 dh = g[n] + dvs[i] * pick(rows[i], STATES + n, drive)
-                dlog = dh * decayed[i * STATES + n]
+                dbefore = tl.exp2(deltas[i] * rate[n]) * dh
+                dlog = dbefore * befores[i][n]
                 ddrive += dh * pick(rows[i], n, drive)
                 by_rate += dlog * rate[n]
                 sums = sums + (sum_rates[n] + dlog * deltas[i],)
                 products = products + (dh * drive,)
-                before = before + (decays[i * STATES + n] * dh,)
-            g = before
+                dbefores = dbefores + (dbefore,)
+            g = dbefores
             sum_rates = sums
             sum_D += dvs[i] * xs[i]
             live = t < stop

@@ -35,7 +35,7 @@ def compile_only(
         elif torch.is_tensor(value) or (isinstance(value, int) and value % 16 == 0):  # as a launch tells the compiler
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, types, constants, attributes)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": named.get("maxnreg")}
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     registers, spilled = resources(built.asm["ptx"])
     print(f"{kernel.fn.__name__}: {registers} registers, {spilled} bytes spilled", flush=True)
