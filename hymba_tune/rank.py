@@ -20,7 +20,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ HOST = "HYMBA_TUNE_HOST"
 REPORTS = "HYMBA_TUNE_REPORTS"
 """Environment variable of a rank: the folder that its error goes to."""
 _PR_SET_PDEATHSIG = 1
+_AT_ONCE_SECONDS = 10
+"""torchrun asks the other ranks to end when one has failed, and kills those that have not ended 30 seconds later."""
 
 
 def die_with_parent(parent: int) -> None:
@@ -53,13 +55,18 @@ def host(parent: int, reports: Path, arguments: Sequence[str]) -> int:
     try:
         launch_command(launch_command_parser().parse_args(list(arguments)))
     except ChildFailedError as error:
-        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        _write(report, {"exit_codes": codes})
+        _write(report, {"exit_codes": _exit_codes(error.failures)})
         return 1
     except Exception as error:
         _write(report, {"exit_codes": {}, **_described(error)})
         return 1
     return 0
+
+
+def _exit_codes(failures: Mapping[int, Any]) -> dict[int, int]:
+    """By rank, of torchrun's failures: without ranks that it killed itself, since they did not end when asked."""
+    first = min(failure.timestamp for failure in failures.values())
+    return {rank: found.exitcode for rank, found in failures.items() if found.timestamp < first + _AT_ONCE_SECONDS}
 
 
 def work(reports: Path, function: str, arguments: Sequence[str]) -> int:

@@ -25,6 +25,8 @@ def greet(text: str) -> None:
 
 
 def fail(kind: str) -> None:
+    if os.environ["RANK"] == "0" and kind == "bug beside a stopped rank":
+        os.kill(os.getpid(), signal.SIGSTOP)
     if os.environ["RANK"] == "1":
         if kind == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -75,6 +77,7 @@ def test_every_rank_runs_and_only_the_first_prints_here(tmp_path: Path, capfd: p
         ("user", UserError, r"^trainer\.x: 5: too much$"),
         ("bug", RankFailed, r"ValueError in rank 1 .*rank-1\.log.*: a bug"),
         ("killed", UserError, "rank 1 was ended by SIGKILL"),
+        pytest.param("bug beside a stopped rank", RankFailed, "in rank 1 .*: a bug", marks=pytest.mark.full),
     ],
 )
 def test_the_first_failure_comes_back(tmp_path: Path, kind: str, error: type[Exception], message: str) -> None:
