@@ -5,7 +5,8 @@ that come before all documents (META is then 1, and they are segment 0). A threa
 are a tuple of STATES vectors (BLOCK,), so that sums over states need no other thread, and only sums over channels do.
 Arrays of states lie as (.., STATES, channels) here. `dt` (T, channels) is before softplus, `delta` behind it. `table`
 (chunks, COLUMNS) int64 says of a chunk: its first token, the token behind its last one, those of its segment, the
-segment, and its first tile of TILE tokens; unused chunks are empty. Rates are A * log2(e), so that a decay is one exp2.
+segment, and its first tile of TILE tokens; unused chunks are empty. Inside a chunk tokens are counted from its first, in
+32 bits. Rates are A * log2(e), so that a decay is one exp2.
 WIDE numbers (states, sums) are of A's type: float32, or float64 for float64 input.
 """
 
@@ -54,7 +55,8 @@ def step_gradient(delta, TERMS: tl.constexpr):
 
 
 @triton.jit
-def load_tile(base, start, stop, row, d, channels, TILE: tl.constexpr, OTHER: tl.constexpr = 0):
+def load_tile(base, start, stop, row, d, channels, TILE: tl.constexpr, OTHER: tl.constexpr = 0,
+              EVICT: tl.constexpr = ""):  # fmt: skip
     """The channels `d` of TILE tokens; OTHER beyond the channels and from `stop` on.
 
     What is loaded together overlaps, as long as nothing waits in between: so they are widened only where they are used.
@@ -62,7 +64,7 @@ def load_tile(base, start, stop, row, d, channels, TILE: tl.constexpr, OTHER: tl
     rows = ()
     for i in tl.static_range(TILE):
         inside = (d < channels) & (start + i < stop)
-        rows = rows + (tl.load(base + (start + i) * row + d, mask=inside, other=OTHER),)
+        rows = rows + (tl.load(base + (start + i) * row + d, mask=inside, other=OTHER, eviction_policy=EVICT),)
     return rows
 
 
@@ -115,7 +117,7 @@ def lanes_bc(B, C, STATES: tl.constexpr):
 
 
 @triton.jit
-def load_bc(lanes, start, stop, TILE: tl.constexpr, STATES: tl.constexpr):
+def load_bc(lanes, start, stop, TILE: tl.constexpr, STATES: tl.constexpr, EVICT: tl.constexpr = ""):
     """B and C of TILE tokens, one a thread: what `pick` takes from there needs no memory.
 
     From `stop` on they are the last token's, whose time step of 0 makes them count nothing.
@@ -123,7 +125,8 @@ def load_bc(lanes, start, stop, TILE: tl.constexpr, STATES: tl.constexpr):
     live = tl.arange(0, triton.next_power_of_2(2 * STATES)) < 2 * STATES
     rows = ()
     for i in tl.static_range(TILE):
-        rows = rows + (tl.load(lanes + tl.minimum(start + i, stop - 1) * STATES, mask=live, other=0),)
+        token = tl.minimum(start + i, stop - 1)
+        rows = rows + (tl.load(lanes + token * STATES, mask=live, other=0, eviction_policy=EVICT),)
     return rows
 
 
@@ -156,16 +159,18 @@ def chunk_ends(
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = table + chunk * COLUMNS
     start, stop, end, segment = tl.load(row), tl.load(row + 1), tl.load(row + 3), tl.load(row + 4)
+    count = (stop - start).to(tl.int32)
     if (stop < end) | (segment < META):
         rate = load_rates(A, d, channels, STATES)
-        lanes = lanes_bc(B, C, STATES)
+        lanes = lanes_bc(B + start * STATES, C + start * STATES, STATES)
+        x, dt = x + start * x_row, dt + start * dt_row
         total = tl.zeros((BLOCK,), WIDE)
         h = zero_states(total, STATES)
-        for tile in range(0, tl.cdiv(stop - start, TILE)):
-            at = start + tile * TILE
-            deltas = load_steps(dt, at, stop, dt_row, d, channels, TERMS, TILE, WIDE)
-            xs = load_tile(x, at, stop, x_row, d, channels, TILE)
-            rows = load_bc(lanes, at, stop, TILE, STATES)
+        for tile in range(0, tl.cdiv(count, TILE)):
+            at = tile * TILE
+            deltas = load_steps(dt, at, count, dt_row, d, channels, TERMS, TILE, WIDE)
+            xs = load_tile(x, at, count, x_row, d, channels, TILE)
+            rows = load_bc(lanes, at, count, TILE, STATES)
             for i in tl.static_range(TILE):
                 h = advance(h, deltas[i], deltas[i] * xs[i].to(WIDE), rate, rows[i], STATES)
                 total += deltas[i]
@@ -230,19 +235,24 @@ def outputs(
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = table + chunk * COLUMNS
     start, stop, end, segment = tl.load(row), tl.load(row + 1), tl.load(row + 3), tl.load(row + 4)
+    count = (stop - start).to(tl.int32)
     rate = load_rates(A, d, channels, STATES)
-    lanes = lanes_bc(B, C, STATES)
+    lanes = lanes_bc(B + start * STATES, C + start * STATES, STATES)
+    x, dt, gate = x + start * x_row, dt + start * dt_row, gate + start * gate_row
+    y = y + start * channels
+    if delta is not None:
+        delta = delta + start * channels
     skip = tl.load(D + d, mask=d < channels, other=0)
     h = load_states(entering, chunk, d, channels, STATES)
-    for tile in range(0, tl.cdiv(stop - start, TILE)):
-        at = start + tile * TILE
-        deltas = load_steps(dt, at, stop, dt_row, d, channels, TERMS, TILE, WIDE)
-        xs = load_tile(x, at, stop, x_row, d, channels, TILE)
-        gates = load_tile(gate, at, stop, gate_row, d, channels, TILE)
-        rows = load_bc(lanes, at, stop, TILE, STATES)
+    for tile in range(0, tl.cdiv(count, TILE)):
+        at = tile * TILE
+        deltas = load_steps(dt, at, count, dt_row, d, channels, TERMS, TILE, WIDE)
+        xs = load_tile(x, at, count, x_row, d, channels, TILE)
+        gates = load_tile(gate, at, count, gate_row, d, channels, TILE)
+        rows = load_bc(lanes, at, count, TILE, STATES)
         for i in tl.static_range(TILE):
             t = at + i
-            inside = (d < channels) & (t < stop)
+            inside = (d < channels) & (t < count)
             h = advance(h, deltas[i], deltas[i] * xs[i].to(WIDE), rate, rows[i], STATES)
             v = skip * xs[i].to(WIDE)
             for n in tl.static_range(STATES):
@@ -267,14 +277,16 @@ def tile_starts(
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = table + chunk * COLUMNS
     start, stop, first_tile = tl.load(row), tl.load(row + 1), tl.load(row + 5)
+    count = (stop - start).to(tl.int32)
     rate = load_rates(A, d, channels, STATES)
-    lanes = lanes_bc(B, C, STATES)
+    lanes = lanes_bc(B + start * STATES, C + start * STATES, STATES)
+    x, delta = x + start * x_row, delta + start * channels
     h = load_states(ends, chunk, d, channels, STATES)
-    for tile in range(0, tl.cdiv(stop - start, TILE)):
-        at = start + tile * TILE
-        deltas = load_tile(delta, at, stop, channels, d, channels, TILE)
-        xs = load_tile(x, at, stop, x_row, d, channels, TILE)
-        rows = load_bc(lanes, at, stop, TILE, STATES)
+    for tile in range(0, tl.cdiv(count, TILE)):
+        at = tile * TILE
+        deltas = load_tile(delta, at, count, channels, d, channels, TILE)
+        xs = load_tile(x, at, count, x_row, d, channels, TILE)
+        rows = load_bc(lanes, at, count, TILE, STATES)
         store_states(kept, first_tile + tile, d, channels, h, STATES)
         for i in tl.static_range(TILE):
             h = advance(h, deltas[i], deltas[i] * xs[i].to(WIDE), rate, rows[i], STATES)
@@ -294,18 +306,20 @@ def chunk_gradients(
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = table + chunk * COLUMNS
     start, stop, begin = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    count = (stop - start).to(tl.int32)
     if FIRSTS | (begin < start):
         rate = load_rates(A, d, channels, STATES)
-        lanes = lanes_bc(B, C, STATES)
+        lanes = lanes_bc(B + start * STATES, C + start * STATES, STATES)
+        delta, gate, dy = delta + start * channels, gate + start * gate_row, dy + start * channels
         total = tl.zeros((BLOCK,), WIDE)
         g = zero_states(total, STATES)
-        tiles = tl.cdiv(stop - start, TILE)
+        tiles = tl.cdiv(count, TILE)
         for k in range(0, tiles):
-            at = start + (tiles - 1 - k) * TILE
-            deltas = load_tile(delta, at, stop, channels, d, channels, TILE)
-            gates = load_tile(gate, at, stop, gate_row, d, channels, TILE)
-            dys = load_tile(dy, at, stop, channels, d, channels, TILE)
-            rows = load_bc(lanes, at, stop, TILE, STATES)
+            at = (tiles - 1 - k) * TILE
+            deltas = load_tile(delta, at, count, channels, d, channels, TILE)
+            gates = load_tile(gate, at, count, gate_row, d, channels, TILE)
+            dys = load_tile(dy, at, count, channels, d, channels, TILE)
+            rows = load_bc(lanes, at, count, TILE, STATES)
             for i in tl.static_range(TILE - 1, -1, -1):
                 z = gates[i].to(WIDE)
                 dv = dys[i].to(WIDE) * z * sigmoid(z)
@@ -374,77 +388,75 @@ def gradients(
     d = block * BLOCK + lane
     row = table + chunk * COLUMNS
     start, stop, first_tile = tl.load(row), tl.load(row + 1), tl.load(row + 5)
+    count = (stop - start).to(tl.int32)
     rate = load_rates(A, d, channels, STATES)
-    lanes = lanes_bc(B, C, STATES)
+    lanes = lanes_bc(B + start * STATES, C + start * STATES, STATES)
+    x, gate = x + start * x_row, gate + start * gate_row
+    delta, dy = delta + start * channels, dy + start * channels
+    dx, ddt, dgate = dx + start * channels, ddt + start * channels, dgate + start * channels
     skip = tl.load(D + d, mask=d < channels, other=0)
     sum_D = tl.zeros((BLOCK,), WIDE)
     sum_rates = zero_states(sum_D, STATES)
     g = load_states(entering, chunk, d, channels, STATES)
-    tiles = tl.cdiv(stop - start, TILE)
+    tiles = tl.cdiv(count, TILE)
     for k in range(0, tiles):
         tile = tiles - 1 - k
         h = load_states(kept, first_tile + tile, d, channels, STATES)
-        at = start + tile * TILE
-        deltas = load_tile(delta, at, stop, channels, d, channels, TILE)
-        xs = load_tile(x, at, stop, x_row, d, channels, TILE)
-        gates = load_tile(gate, at, stop, gate_row, d, channels, TILE)
-        dys = load_tile(dy, at, stop, channels, d, channels, TILE)
-        rows = load_bc(lanes, at, stop, TILE, STATES)
+        at = tile * TILE
+        deltas = load_tile(delta, at, count, channels, d, channels, TILE, EVICT="evict_last")
+        xs = load_tile(x, at, count, x_row, d, channels, TILE)
+        rows = load_bc(lanes, at, count, TILE, STATES, EVICT="evict_last")
         befores = ()
-        dvs = ()
         for i in tl.static_range(TILE):
-            t = at + i
             befores = befores + (h,)
             h = advance(h, deltas[i], deltas[i] * xs[i].to(WIDE), rate, rows[i], STATES)
-            v = skip * xs[i].to(WIDE)
-            for n in tl.static_range(STATES):
-                v += h[n] * pick(rows[i], STATES + n, v)
-            z, dy_t = gates[i].to(WIDE), dys[i].to(WIDE)
-            s = sigmoid(z)
-            dvs = dvs + (dy_t * z * s,)
-            dz = dy_t * v * s * (1 + z * (1 - s))
-            live = t < stop
-            tl.store(dgate + t * channels + d, dz.to(dgate.dtype.element_ty), mask=(d < channels) & live)
-            products = ()
-            for n in tl.static_range(STATES):
-                products = products + (h[n] * dvs[i],)
-            store_sums(
-                dBC + ((2 * block + 1) * tokens + t) * STATES, products, lane, live, STATES, WIDTH, HALVINGS, EXCHANGES
-            )
-        # Read again: kept from above, what is made of them would fill more registers than there are.
-        deltas = load_tile(delta, at, stop, channels, d, channels, TILE)
-        rows = load_bc(lanes, at, stop, TILE, STATES)
+        # Read again: kept from above, what is made of them would fill more registers than there are. (A compiler that
+        # sees the same load twice keeps it; these two differ in what they want of the cache.)
+        deltas = load_tile(delta, at, count, channels, d, channels, TILE)
+        rows = load_bc(lanes, at, count, TILE, STATES)
+        gates = load_tile(gate, at, count, gate_row, d, channels, TILE)
+        dys = load_tile(dy, at, count, channels, d, channels, TILE)
         for i in tl.static_range(TILE - 1, -1, -1):
             t = at + i
-            x_t = xs[i].to(WIDE)
+            x_t, z, dy_t = xs[i].to(WIDE), gates[i].to(WIDE), dys[i].to(WIDE)
+            s = sigmoid(z)
+            dv = dy_t * z * s
             drive = deltas[i] * x_t
-            ddrive = tl.zeros_like(skip)
-            by_rate = tl.zeros_like(skip)
+            v = skip * x_t
+            ddrive = tl.zeros_like(v)
+            by_rate = tl.zeros_like(v)
             dbefores = ()
             sums = ()
-            products = ()
+            of_B = ()
+            of_C = ()
             for n in tl.static_range(STATES):
-                dh = g[n] + dvs[i] * pick(rows[i], STATES + n, drive)
+                c = pick(rows[i], STATES + n, v)
+                v += h[n] * c
+                dh = g[n] + dv * c
                 dbefore = tl.exp2(deltas[i] * rate[n]) * dh
                 dlog = dbefore * befores[i][n]
-                ddrive += dh * pick(rows[i], n, drive)
+                ddrive += dh * pick(rows[i], n, v)
                 by_rate += dlog * rate[n]
-                sums = sums + (sum_rates[n] + dlog * deltas[i],)
-                products = products + (dh * drive,)
                 dbefores = dbefores + (dbefore,)
+                sums = sums + (sum_rates[n] + dlog * deltas[i],)
+                of_B = of_B + (dh * drive,)
+                of_C = of_C + (h[n] * dv,)
+            h = befores[i]
             g = dbefores
             sum_rates = sums
-            sum_D += dvs[i] * x_t
-            live = t < stop
+            sum_D += dv * x_t
+            live = t < count
             inside = (d < channels) & live
-            du = ddrive * deltas[i] + skip * dvs[i]
-            ddelta = by_rate * LN2 + ddrive * x_t
+            dz = dy_t * v * s * (1 + z * (1 - s))
+            du = ddrive * deltas[i] + skip * dv
+            of_dt = (by_rate * LN2 + ddrive * x_t) * step_gradient(deltas[i], TERMS)
+            tl.store(dgate + t * channels + d, dz.to(dgate.dtype.element_ty), mask=inside)
             tl.store(dx + t * channels + d, du.to(dx.dtype.element_ty), mask=inside)
-            of_dt = ddelta * step_gradient(deltas[i], TERMS)
             tl.store(ddt + t * channels + d, of_dt.to(ddt.dtype.element_ty), mask=inside)
-            store_sums(
-                dBC + (2 * block * tokens + t) * STATES, products, lane, live, STATES, WIDTH, HALVINGS, EXCHANGES
-            )
+            sum_B = dBC + (2 * block * tokens + start + t) * STATES
+            sum_C = sum_B + tokens * STATES
+            store_sums(sum_B, of_B, lane, live, STATES, WIDTH, HALVINGS, EXCHANGES)
+            store_sums(sum_C, of_C, lane, live, STATES, WIDTH, HALVINGS, EXCHANGES)
     partial = dAD + chunk * (STATES + 1) * channels
     store_states(partial, 0, d, channels, sum_rates, STATES)
     tl.store(partial + STATES * channels + d, sum_D, mask=d < channels)
