@@ -32,8 +32,8 @@ from hymba_tune.model.ops import triton_scan_kernels as kernels
 BLOCK, GRADIENT_BLOCK, WARPS = 64, 32, 1
 # Tokens that are loaded together. The backward kernel holds their states in registers: with 8 it spills.
 TILE = 4
-# Registers of a thread of that kernel: 10 programs then share a multiprocessor, not 8, and hardly any are spilled.
-GRADIENT_REGISTERS = 200
+# Registers of a thread, that 16 programs share a multiprocessor, and 10 of the backward kernel; hardly any are spilled.
+REGISTERS, GRADIENT_REGISTERS = 128, 200
 # Channels of a program that carries a state over the chunks, loaded GROUP at a time.
 CARRIED, GROUP = 32, 8
 # Enough chunks of a long document to fill the GPU, few enough for the serial pass over them.
@@ -179,7 +179,7 @@ class _SelectiveScan(torch.autograd.Function):
         wanted: dict[str, Any] = {"dx": dx, "ddt": ddt, "dgate": dgate, "dBC": dBC, "dAD": dAD}
         launch(kernels.gradients, **launch.driven, **launch.gated(gate), **launch.summed(), **wanted, delta=delta, D=D,
                dy=dy, kept=kept, entering=entering, tokens=len(x), TERMS=DERIVATIVE_TERMS[A.dtype],
-               block=GRADIENT_BLOCK, maxnreg=GRADIENT_REGISTERS)  # fmt: skip
+               block=GRADIENT_BLOCK, registers=GRADIENT_REGISTERS)  # fmt: skip
         dB, dC = dBC.sum(0).to(B.dtype)
         of_parameters = dAD.sum(0)
         dA, dD = of_parameters[:-1].mT, of_parameters[-1]
@@ -243,12 +243,13 @@ class _Launch:
             "EXCHANGES": (GRADIENT_BLOCK // width).bit_length() - 1,
         }
 
-    def __call__(self, kernel: Any, block: int | None = None, **arguments: Any) -> None:
+    def __call__(self, kernel: Any, block: int | None = None, registers: int | None = None, **arguments: Any) -> None:
         """Over blocks of channels and chunks."""
         block, chunks = block or BLOCK, len(self.chunks.table)
         if chunks:
             grid = (triton.cdiv(self.channels, block), chunks)
-            kernel[grid](**arguments, **self._common(), table=self.chunks.table, TILE=TILE, BLOCK=block)
+            shape = {"TILE": TILE, "BLOCK": block, "maxnreg": registers or REGISTERS}
+            kernel[grid](**arguments, **self._common(), **shape, table=self.chunks.table)
 
     def carry(
         self,

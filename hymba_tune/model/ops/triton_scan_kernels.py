@@ -5,9 +5,9 @@ that come before all documents (META is then 1, and they are segment 0). A threa
 are a tuple of STATES vectors (BLOCK,), so that sums over states need no other thread, and only sums over channels do.
 Arrays of states lie as (.., STATES, channels) here. `dt` (T, channels) is before softplus, `delta` behind it. `table`
 (chunks, COLUMNS) int64 says of a chunk: its first token, the token behind its last one, those of its segment, the
-segment, and its first tile of TILE tokens; unused chunks are empty. Inside a chunk tokens are counted from its first, in
-32 bits. Rates are A * log2(e), so that a decay is one exp2.
-WIDE numbers (states, sums) are of A's type: float32, or float64 for float64 input.
+segment, and its first tile of TILE tokens; unused chunks are empty. Inside a chunk tokens are counted from its first,
+in 32 bits. Rates are A * log2(e), so that a decay is one exp2. WIDE numbers (states, sums) are of A's type: float32, or
+float64 for float64 input.
 """
 
 # Triton's language is compiled, not run: it has types of its own.
@@ -281,13 +281,15 @@ def tile_starts(
     rate = load_rates(A, d, channels, STATES)
     lanes = lanes_bc(B + start * STATES, C + start * STATES, STATES)
     x, delta = x + start * x_row, delta + start * channels
+    kept = kept + first_tile * STATES * channels
     h = load_states(ends, chunk, d, channels, STATES)
     for tile in range(0, tl.cdiv(count, TILE)):
         at = tile * TILE
         deltas = load_tile(delta, at, count, channels, d, channels, TILE)
         xs = load_tile(x, at, count, x_row, d, channels, TILE)
         rows = load_bc(lanes, at, count, TILE, STATES)
-        store_states(kept, first_tile + tile, d, channels, h, STATES)
+        store_states(kept, 0, d, channels, h, STATES)
+        kept += STATES * channels
         for i in tl.static_range(TILE):
             h = advance(h, deltas[i], deltas[i] * xs[i].to(WIDE), rate, rows[i], STATES)
 
