@@ -1,8 +1,12 @@
 """Causal conv of reference.py (depthwise, with bias and silu) in Triton; triton_conv.py launches the kernels.
 
-The history of a segment is its initial state (K inputs, newest last), then its inputs: token i of the segment reads
-history i + 1 .. i + K. A program computes TOKENS tokens of BLOCK channels. `firsts` (T,) holds the token that the
-token's segment starts with, `segments` (T,) the segment.
+A program owns BLOCK channels, walks over a run of tokens of one document and holds their last K inputs in registers
+(the window: a tuple of K vectors, newest last), so that memory is read once. GROUP tokens are loaded together: their
+loads overlap.
+
+`table` (runs, COLUMNS) int64 says of a run: its first row of x, the row behind its last one, those of its document, and
+the document; unused runs are empty. The meta tokens are document -1 and begin with zeros. The others begin with the
+last K of the `meta` meta tokens if META, with `initial` if GIVEN, with zeros if neither.
 """
 
 # Triton's language is compiled, not run: it has types of its own.
@@ -11,147 +15,276 @@ token's segment starts with, `segments` (T,) the segment.
 import triton
 import triton.language as tl
 
+COLUMNS: tl.constexpr = tl.constexpr(5)
+
 
 @triton.jit
-def read_history(
-    x, initial, segment, first, source, d, channels, x_row, initial_row, live, K: tl.constexpr, GIVEN: tl.constexpr,
-    WIDE: tl.constexpr,
+def place(table, channels, BLOCK: tl.constexpr):
+    """The run of this program, its channels, and what the table says of the run."""
+    blocks = tl.cdiv(channels, BLOCK)
+    run = (tl.program_id(0) // blocks).to(tl.int64)
+    d = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    row = table + run * COLUMNS
+    return run, d, tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
+
+
+@triton.jit
+def load_group(base, inside, live, row, GROUP: tl.constexpr):
+    """GROUP rows from base on in their own type, so that they fill fewer registers; zeros from row `live` on."""
+    rows = ()
+    for i in tl.static_range(GROUP):
+        rows = rows + (tl.load(base + i * row, mask=inside & (i < live), other=0),)
+    return rows
+
+
+@triton.jit
+def sigmoid(z):
+    return 1 / (1 + tl.exp2(z * -1.4426950408889634))
+
+
+@triton.jit
+def load_taps(weight, d, channels, K: tl.constexpr, WIDE: tl.constexpr):
+    taps = ()
+    for k in tl.static_range(K):
+        taps = taps + (tl.load(weight + d * K + k, mask=d < channels, other=0).to(WIDE),)
+    return taps
+
+
+@triton.jit
+def load_input(
+    x, initial, source, begin, document, meta, d, channels, x_row, initial_row,
+    K: tl.constexpr, META: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
-    """(TOKENS, BLOCK): the input at token `source` of each segment; where that lies before `first`, initial state."""
-    inside = live[:, None] & (d < channels)[None, :]
-    own = (source >= first)[:, None]
-    value = tl.load(x + source[:, None] * x_row + d[None, :], mask=inside & own, other=0).to(WIDE)
+    """The input of a document at row `source` of x; where that lies before its `begin`, of what it begins with."""
+    own = source >= begin
+    entered = (source < begin) & (document >= 0)
+    live = own
+    if META:
+        source = tl.where(own, source, meta + source - begin)
+        live = own | (entered & (source >= 0))
+    value = tl.load(x + source * x_row + d, mask=(d < channels) & live, other=0)
     if GIVEN:
-        slot = K + source - first
-        at = (segment[:, None] * initial_row * channels + d[None, :]) * K + slot[:, None]
-        value += tl.load(initial + at, mask=inside & (own == 0), other=0).to(WIDE)
+        at = (document * initial_row * channels + d) * K + (K + source - begin)
+        value += tl.load(initial + at, mask=(d < channels) & entered, other=0)
     return value
 
 
 @triton.jit
-def convolve(
-    x, weight, bias, initial, segments, firsts, t, d, tokens, channels, x_row, initial_row,
-    K: tl.constexpr, GIVEN: tl.constexpr, WIDE: tl.constexpr,
+def load_window(
+    x, initial, start, begin, document, meta, d, channels, x_row, initial_row,
+    K: tl.constexpr, META: tl.constexpr, GIVEN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """bias + sum over taps, before silu."""
-    live = t < tokens
-    segment = tl.load(segments + t, mask=live, other=0)
-    first = tl.load(firsts + t, mask=live, other=0)
-    z = tl.load(bias + d, mask=d < channels, other=0)[None, :] + tl.zeros((t.shape[0], d.shape[0]), WIDE)
-    for k in tl.static_range(K):
-        tap = tl.load(weight + d * K + k, mask=d < channels, other=0)
-        z += tap[None, :] * read_history(
-            x, initial, segment, first, t - (K - 1 - k), d, channels, x_row, initial_row, live, K, GIVEN, WIDE
+    """The window before row `start`. Nothing reads its oldest input."""
+    window = (tl.zeros(d.shape, WIDE),)
+    for k in tl.static_range(1, K):
+        value = load_input(
+            x, initial, start - K + k, begin, document, meta, d, channels, x_row, initial_row, K, META, GIVEN
         )
+        window = window + (value.to(WIDE),)
+    return window
+
+
+@triton.jit
+def zeros(like, K: tl.constexpr):
+    vectors = ()
+    for _ in tl.static_range(K):
+        vectors = vectors + (tl.zeros_like(like),)
+    return vectors
+
+
+@triton.jit
+def push(window, row, K: tl.constexpr):
+    moved = ()
+    for k in tl.static_range(1, K):
+        moved = moved + (window[k],)
+    return moved + (row,)
+
+
+@triton.jit
+def convolve(window, taps, shift, K: tl.constexpr):
+    """bias + sum over taps, before silu."""
+    z = shift
+    for k in tl.static_range(K):
+        z += taps[k] * window[k]
     return z
 
 
 @triton.jit
 def forward(
-    x, weight, bias, initial, segments, firsts, y, tokens, channels, x_row, initial_row,
-    K: tl.constexpr, GIVEN: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    x, weight, bias, initial, table, cu_seqlens, y, final, runs, meta, channels, x_row, initial_row,
+    K: tl.constexpr, META: tl.constexpr, GIVEN: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    WIDE: tl.constexpr = weight.dtype.element_ty
-    t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    z = convolve(x, weight, bias, initial, segments, firsts, t, d, tokens, channels, x_row, initial_row, K, GIVEN, WIDE)
-    inside = (t < tokens)[:, None] & (d < channels)[None, :]
-    tl.store(y + t[:, None] * channels + d[None, :], (z * tl.sigmoid(z)).to(y.dtype.element_ty), mask=inside)
+    """Programs of runs, then of documents, which write final states."""
+    if tl.program_id(0) < runs * tl.cdiv(channels, BLOCK):
+        outputs(
+            x, weight, bias, initial, table, y, meta, channels, x_row, initial_row, K, META, GIVEN, GROUP, BLOCK
+        )  # fmt: skip
+    else:
+        final_state(
+            x, initial, cu_seqlens, final, runs, meta, channels, x_row, initial_row, K, META, GIVEN, BLOCK
+        )  # fmt: skip
 
 
 @triton.jit
-def before_silu(
-    x, weight, bias, initial, segments, firsts, dy, dz, dweight, dbias, tokens, channels, x_row, initial_row,
-    K: tl.constexpr, GIVEN: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+def outputs(
+    x, weight, bias, initial, table, y, meta, channels, x_row, initial_row,
+    K: tl.constexpr, META: tl.constexpr, GIVEN: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of what silu reads, (T, channels), and partial sums, one a program: dweight (programs, channels, K)."""
-    WIDE: tl.constexpr = weight.dtype.element_ty
-    program = tl.program_id(0).to(tl.int64)
-    t = program * TOKENS + tl.arange(0, TOKENS)
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    live = t < tokens
-    z = convolve(x, weight, bias, initial, segments, firsts, t, d, tokens, channels, x_row, initial_row, K, GIVEN, WIDE)
-    inside = live[:, None] & (d < channels)[None, :]
-    sigmoid = tl.sigmoid(z)
-    at = t[:, None] * channels + d[None, :]
-    grad = tl.load(dy + at, mask=inside, other=0).to(WIDE) * sigmoid * (1 + z * (1 - sigmoid))
-    tl.store(dz + at, grad, mask=inside)
-    grad = tl.where(inside, grad, 0.0)
-    tl.store(dbias + program * channels + d, tl.sum(grad, 0), mask=d < channels)
-    segment = tl.load(segments + t, mask=live, other=0)
-    first = tl.load(firsts + t, mask=live, other=0)
+    WIDE: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    _, d, start, stop, begin, _, document = place(table, channels, BLOCK)
+    taps = load_taps(weight, d, channels, K, WIDE)
+    shift = tl.load(bias + d, mask=d < channels, other=0).to(WIDE)
+    window = load_window(
+        x, initial, start, begin, document, meta, d, channels, x_row, initial_row, K, META, GIVEN, WIDE
+    )  # fmt: skip
+    inside = d < channels
+    for at in range(start, stop, GROUP):
+        live = (stop - at).to(tl.int32)
+        rows = load_group(x + at * x_row + d, inside, live, x_row, GROUP)
+        to = y + at * channels
+        for i in tl.static_range(GROUP):
+            window = push(window, rows[i].to(WIDE), K)
+            z = convolve(window, taps, shift, K)
+            tl.store(to + i * channels + d, (z * sigmoid(z)).to(y.dtype.element_ty), mask=inside & (i < live))
+
+
+@triton.jit
+def final_state(
+    x, initial, cu_seqlens, final, runs, meta, channels, x_row, initial_row,
+    K: tl.constexpr, META: tl.constexpr, GIVEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The last K inputs of a document, those that it begins with included, into (documents, channels, K)."""
+    blocks = tl.cdiv(channels, BLOCK)
+    document = (tl.program_id(0) // blocks - runs).to(tl.int64)
+    d = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    begin, end = meta + tl.load(cu_seqlens + document), meta + tl.load(cu_seqlens + document + 1)
     for k in tl.static_range(K):
-        value = read_history(
-            x, initial, segment, first, t - (K - 1 - k), d, channels, x_row, initial_row, live, K, GIVEN, WIDE
+        value = load_input(
+            x, initial, end - K + k, begin, document, meta, d, channels, x_row, initial_row, K, META, GIVEN
         )
-        tl.store(dweight + (program * channels + d) * K + k, tl.sum(grad * value, 0), mask=d < channels)
+        tl.store(final + (document * channels + d) * K + k, value, mask=d < channels)
 
 
 @triton.jit
-def history_gradient(dz, dfinal, weight, segment, start, length, j, d, channels, live, K: tl.constexpr):
-    """Gradient of history j of a segment: of the tokens that read it, and of the final state that holds it."""
-    inside = live[:, None] & (d < channels)[None, :]
-    slot = j - length
-    held = inside & ((slot >= 0) & (slot < K))[:, None]
-    grad = tl.load(dfinal + (segment[:, None] * channels + d[None, :]) * K + slot[:, None], mask=held, other=0)
-    grad = grad.to(dz.dtype.element_ty)
+def before_silu(z, dy):
+    """Gradient of z, where y = silu(z)."""
+    s = sigmoid(z)
+    return dy * s * (1 + z * (1 - s))
+
+
+@triton.jit
+def spread(pending, dz, taps, K: tl.constexpr):
+    """Gradients of the last K tokens, newest first, when dz of one more is known."""
+    moved = (taps[K - 1] * dz,)
+    for k in tl.static_range(1, K):
+        moved = moved + (pending[k - 1] + taps[K - 1 - k] * dz,)
+    return moved
+
+
+@triton.jit
+def held_by_final(dfinal, token, length, to_end, document, d, channels, K: tl.constexpr):
+    """What the final state adds to the gradient of a token of a run, whose first token is `to_end` before the end."""
+    slot = K + token - to_end
+    held = (d < channels) & (token >= 0) & (token < length) & (slot >= 0) & (document >= 0)
+    return tl.load(dfinal + (document * channels + d) * K + slot, mask=held, other=0)
+
+
+@triton.jit
+def gradients(
+    x, weight, bias, initial, table, dy, dfinal, dx, parts, dinitial, meta, channels, x_row, initial_row,
+    K: tl.constexpr, META: tl.constexpr, GIVEN: tl.constexpr, FINAL: tl.constexpr, LEARNED: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dx, and of each run a row of `parts`: if LEARNED dweight (channels, K) and dbias (channels), if META the gradient
+    of the state that documents begin with (K, channels). If GIVEN that is dinitial (documents, channels, K).
+
+    The gradient of a token is complete K - 1 tokens later, so the walk goes on for so many behind the run.
+    """
+    WIDE: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    run, d, start, stop, begin, end, document = place(table, channels, BLOCK)
+    taps = load_taps(weight, d, channels, K, WIDE)
+    shift = tl.load(bias + d, mask=d < channels, other=0).to(WIDE)
+    window = load_window(
+        x, initial, start, begin, document, meta, d, channels, x_row, initial_row, K, META, GIVEN, WIDE
+    )  # fmt: skip
+    pending, dweight, dbias = zeros(shift, K), zeros(shift, K), tl.zeros_like(shift)
+    inside, length = d < channels, (stop - start).to(tl.int32)
+    for done in range(0, length, GROUP):
+        at = start + done
+        rows = load_group(x + at * x_row + d, inside, length - done, x_row, GROUP)
+        upstream = load_group(dy + at * channels + d, inside, length - done, channels, GROUP)
+        to = dx + (at - (K - 1)) * channels + d
+        for i in tl.static_range(GROUP):
+            window = push(window, rows[i].to(WIDE), K)
+            dz = before_silu(convolve(window, taps, shift, K), upstream[i].to(WIDE))
+            if LEARNED:
+                dbias += dz
+                summed = ()
+                for k in tl.static_range(K):
+                    summed = summed + (dweight[k] + dz * window[k],)
+                dweight = summed
+            pending = spread(pending, dz, taps, K)
+            grad, token = pending[K - 1], done + (i - (K - 1))
+            if FINAL:
+                grad += held_by_final(dfinal, token, length, end - start, document, d, channels, K).to(WIDE)
+            live = inside & (token >= 0) & (token < length)
+            tl.store(to + i * channels, grad.to(dx.dtype.element_ty), mask=live)
+    # Where the last group was not full the document ends: there is nothing behind it.
+    done = tl.cdiv(length, GROUP) * GROUP
+    at = start + done
+    rows = load_group(x + at * x_row + d, inside, end - at, x_row, K - 1)
+    upstream = load_group(dy + at * channels + d, inside, end - at, channels, K - 1)
+    to = dx + (at - (K - 1)) * channels + d
+    for i in tl.static_range(K - 1):
+        window = push(window, rows[i].to(WIDE), K)
+        dz = before_silu(convolve(window, taps, shift, K), upstream[i].to(WIDE))
+        pending = spread(pending, dz, taps, K)
+        grad, token = pending[K - 1], done + (i - (K - 1))
+        if FINAL:
+            grad += held_by_final(dfinal, token, length, end - start, document, d, channels, K).to(WIDE)
+        live = inside & (token >= 0) & (token < length)
+        tl.store(to + i * channels, grad.to(dx.dtype.element_ty), mask=live)
+    part = parts + run * channels * (LEARNED * (K + 1) + META * K)
+    if LEARNED:
+        for k in tl.static_range(K):
+            tl.store(part + d * K + k, dweight[k], mask=d < channels)
+        tl.store(part + channels * K + d, dbias, mask=d < channels)
+    first = (start < stop) & (start == begin) & (document >= 0)
+    if META:
+        base = part + channels * (LEARNED * (K + 1))
+        state_gradient(
+            x, initial, dy, base, channels, 1, first, start, end, document, meta, taps, shift, d, channels, x_row,
+            initial_row, K, META, GIVEN, WIDE,
+        )  # fmt: skip
+    if GIVEN:
+        if first:
+            base = dinitial + document * channels * K
+            state_gradient(
+                x, initial, dy, base, 1, K, first, start, end, document, meta, taps, shift, d, channels, x_row,
+                initial_row, K, META, GIVEN, WIDE,
+            )  # fmt: skip
+
+
+@triton.jit
+def state_gradient(
+    x, initial, dy, base, slot_stride, channel_stride, wanted, begin, end, document, meta, taps, shift, d, channels,
+    x_row, initial_row, K: tl.constexpr, META: tl.constexpr, GIVEN: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Gradient of what a document begins with, of its first K - 1 tokens, which are computed once more; zeros where it
+    is not wanted."""
+    window = load_window(
+        x, initial, begin, begin, document, meta, d, channels, x_row, initial_row, K, META, GIVEN, WIDE
+    )  # fmt: skip
+    live = tl.where(wanted, tl.minimum(end - begin, K), 0).to(tl.int32)
+    rows = load_group(x + begin * x_row + d, d < channels, live, x_row, K - 1)
+    upstream = load_group(dy + begin * channels + d, d < channels, live, channels, K - 1)
+    early = ()
+    for i in tl.static_range(K - 1):
+        window = push(window, rows[i].to(WIDE), K)
+        dz = before_silu(convolve(window, taps, shift, K), upstream[i].to(WIDE))
+        early = early + (tl.where(i < live, dz, 0.0),)
     for k in tl.static_range(K):
-        reader = j - 1 - k
-        reads = inside & ((reader >= 0) & (reader < length))[:, None]
-        tap = tl.load(weight + d * K + k, mask=d < channels, other=0)
-        at = (start + reader)[:, None] * channels + d[None, :]
-        grad += tap[None, :] * tl.load(dz + at, mask=reads, other=0)
-    return grad
-
-
-@triton.jit
-def inputs_gradient(
-    dz, dfinal, weight, segments, cu_seqlens, dx, tokens, channels,
-    K: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    live = t < tokens
-    segment = tl.load(segments + t, mask=live, other=0)
-    start = tl.load(cu_seqlens + segment, mask=live, other=0)
-    length = tl.load(cu_seqlens + segment + 1, mask=live, other=0) - start
-    grad = history_gradient(dz, dfinal, weight, segment, start, length, K + t - start, d, channels, live, K)
-    inside = live[:, None] & (d < channels)[None, :]
-    tl.store(dx + t[:, None] * channels + d[None, :], grad.to(dx.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def initial_gradient(
-    dz, dfinal, weight, cu_seqlens, dinitial, segments_in_all, channels,
-    K: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """dinitial (S, channels, K), one entry a segment also where they share a state."""
-    row = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    segment, j = row // K, row % K
-    live = segment < segments_in_all
-    start = tl.load(cu_seqlens + segment, mask=live, other=0)
-    length = tl.load(cu_seqlens + segment + 1, mask=live, other=0) - start
-    grad = history_gradient(dz, dfinal, weight, segment, start, length, j, d, channels, live, K)
-    inside = live[:, None] & (d < channels)[None, :]
-    tl.store(dinitial + (segment[:, None] * channels + d[None, :]) * K + j[:, None], grad, mask=inside)
-
-
-@triton.jit
-def final_states(
-    x, initial, cu_seqlens, final, segments_in_all, channels, x_row, initial_row,
-    K: tl.constexpr, GIVEN: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The last K of each segment's history, (S, channels, K)."""
-    row = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    segment, slot = row // K, row % K
-    live = segment < segments_in_all
-    start = tl.load(cu_seqlens + segment, mask=live, other=0)
-    stop = tl.load(cu_seqlens + segment + 1, mask=live, other=0)
-    TYPE: tl.constexpr = final.dtype.element_ty
-    value = read_history(
-        x, initial, segment, start, stop - K + slot, d, channels, x_row, initial_row, live, K, GIVEN, TYPE
-    )
-    inside = live[:, None] & (d < channels)[None, :]
-    tl.store(final + (segment[:, None] * channels + d[None, :]) * K + slot[:, None], value, mask=inside)
+        grad = tl.zeros_like(shift)
+        for i in tl.static_range(k):
+            grad += taps[k - 1 - i] * early[i]
+        tl.store(base + k * slot_stride + d * channel_stride, grad, mask=d < channels)
