@@ -1,4 +1,4 @@
-"""Triton's scan and conv: in Triton's interpreter they are the reference; their kernels compile for absent GPUs.
+"""Triton's scan: in Triton's interpreter it is the reference; its kernels compile for absent GPUs.
 
 The interpreter is chosen when Triton is imported, so these tests run in a process of their own.
 """
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from hymba_tune.model.ops import reference
-from tests.model.ops import test_causal_conv1d as convs
 from tests.model.ops import test_selective_scan as scans
 from tests.model.ops.cases import DTYPES, assert_same_results, offsets, results
 
@@ -56,7 +55,7 @@ print("all equal")
 
 COMPILED = """
 import torch
-from hymba_tune.model.ops import triton_conv, triton_scan
+from hymba_tune.model.ops import triton_scan
 from tests.model.ops import absent_gpu
 
 def zeros(*shape, dtype=torch.bfloat16):
@@ -69,14 +68,11 @@ B, C = zeros(tokens, states), zeros(tokens, states)
 for op, inputs in (
     (triton_scan.selective_scan, (x, dt, A, B, C, D, gate, ends, state)),
     (triton_scan.selective_scan, (x, dt, A, B, C, D, gate, torch.tensor([0, 260]), None, 40)),
-    (triton_conv.causal_conv1d, (x, zeros(channels, 4), zeros(channels), ends, zeros(1, channels, 4))),
 ):
     y, final = op(*inputs)
     torch.autograd.backward([y, final], [torch.ones_like(y), torch.ones_like(final)])
 """
-KERNELS = {"chunk_ends", "carry", "outputs", "tile_starts", "chunk_gradients", "gradients"} | {
-    "forward", "final_states", "before_silu", "inputs_gradient", "initial_gradient"
-}  # fmt: skip
+KERNELS = {"chunk_ends", "carry", "outputs", "tile_starts", "chunk_gradients", "gradients"}
 
 
 def composed(num_meta: int, *, cu_seqlens: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
@@ -121,33 +117,6 @@ def test_outputs_states_and_gradients_are_the_reference_s() -> None:
     assert "all equal" in run(code, interpret=True)
 
 
-IN_THE_INTERPRETER_CONV = """
-import torch
-from hymba_tune.model.ops import causal_conv1d, triton_conv, use_backend
-from tests.model.ops.cases import offsets
-from tests.model.ops import test_causal_conv1d as convs
-
-torch.use_deterministic_algorithms(True)  # fresh memory is full of NaN
-torch.manual_seed(0)
-triton_conv.TOKENS, triton_conv.BLOCK = 16, 8
-for lengths in ([3, 0, 1, 20, 17, 0], [0, 0]):
-    for dtype, initial in ((torch.float64, len(lengths)), (torch.float32, None), (torch.bfloat16, 1)):
-        convs.check(triton_conv.causal_conv1d, lengths, convs.random_inputs(sum(lengths), 4, 11, dtype, initial))
-convs.check(triton_conv.causal_conv1d, [9, 2], convs.random_inputs(11, 3, 5, initial=2))
-inputs = convs.random_inputs(7, initial=1)
-with use_backend("triton"):
-    y, _ = causal_conv1d(**inputs, cu_seqlens=offsets([4, 3]))
-inputs["x"][3] = float("nan")
-other, _ = triton_conv.causal_conv1d(**inputs, cu_seqlens=offsets([4, 3]))
-assert torch.equal(other[4:], y[4:]) and other[3].isnan().all()
-print("all equal")
-"""
-
-
-def test_the_conv_s_outputs_states_and_gradients_are_the_reference_s() -> None:
-    assert "all equal" in run(IN_THE_INTERPRETER_CONV, interpret=True)
-
-
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
@@ -156,20 +125,15 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lengths", [[2000], [1] * 70, [3, 0, 700, 1, 500, 0]], ids=["one", "ones", "ragged"])
 def test_on_a_gpu_they_are_the_reference_s(lengths: list[int], dtype: torch.dtype) -> None:
-    from hymba_tune.model.ops import triton_conv, triton_scan
+    from hymba_tune.model.ops import triton_scan
 
     torch.manual_seed(0)
-    cases: list[tuple[Any, Any, Any]] = [
-        (triton_scan.selective_scan, reference.selective_scan, scans.random_inputs),
-        (triton_conv.causal_conv1d, reference.causal_conv1d, convs.random_inputs),
-    ]
-    for op, truth, draw in cases:
-        inputs = {name: t if t is None else t.cuda() for name, t in draw(sum(lengths), dtype=dtype, initial=1).items()}
-        ends = offsets(lengths).cuda()
-        with torch.no_grad():
-            upstream = [torch.randn_like(out) for out in truth(**inputs, cu_seqlens=ends)]
-        found, expected = (results(f, inputs, ends, upstream) for f in (op, truth))
-        assert_close_on_a_gpu(found, expected)
+    drawn = scans.random_inputs(sum(lengths), dtype=dtype, initial=1)
+    inputs = {name: t if t is None else t.cuda() for name, t in drawn.items()}
+    upstream = [t.cuda() for t in scans.upstream_of(drawn, len(lengths))]
+    ends = offsets(lengths).cuda()
+    ops = (triton_scan.selective_scan, reference.selective_scan)
+    assert_close_on_a_gpu(*(results(op, inputs, ends, upstream) for op in ops))
 
 
 @pytest.mark.gpu
