@@ -17,10 +17,10 @@ from torch import Tensor
 
 from benchmarks.record import gpu_seconds, require_gpu, write_result
 
-TOKENS, CHANNELS, STATES, ROUNDS = 8192, 3200, 16, 20
+TOKENS, META, CHANNELS, STATES, ROUNDS = 8192, 128, 3200, 16, 20
 
 
-def inputs(dtype: torch.dtype) -> dict[str, Any]:
+def inputs(dtype: torch.dtype, tokens: int = TOKENS) -> dict[str, Any]:
     torch.manual_seed(0)
 
     def normal(*shape: int, kind: torch.dtype = dtype) -> Tensor:
@@ -28,22 +28,22 @@ def inputs(dtype: torch.dtype) -> dict[str, Any]:
 
     wide = torch.float32
     drawn = {
-        "x": normal(TOKENS, CHANNELS),
-        "dt": normal(TOKENS, CHANNELS, kind=wide) - 2,
+        "x": normal(tokens, CHANNELS),
+        "dt": normal(tokens, CHANNELS, kind=wide) - 2,
         "A": -torch.rand(CHANNELS, STATES, device="cuda") * 4,
-        "B": normal(TOKENS, STATES),
-        "C": normal(TOKENS, STATES),
+        "B": normal(tokens, STATES),
+        "C": normal(tokens, STATES),
         "D": normal(CHANNELS, kind=wide),
-        "gate": normal(TOKENS, CHANNELS),
+        "gate": normal(tokens, CHANNELS),
     }
     return {name: t.requires_grad_() for name, t in drawn.items()}
 
 
-def ours(documents: int) -> tuple[float, float]:
+def ours(documents: int, num_meta: int = 0) -> tuple[float, float]:
     """Seconds of the forward, and of forward and backward, with this many documents of equal length."""
     from hymba_tune.model.ops.triton_scan import selective_scan
 
-    given = inputs(torch.bfloat16)
+    given = inputs(torch.bfloat16, num_meta + TOKENS) | {"num_meta": num_meta}
     ends = torch.arange(documents + 1, device="cuda") * (TOKENS // documents)
 
     def both() -> None:
@@ -77,6 +77,7 @@ def mamba_ssm() -> tuple[float, float]:
 def main() -> None:
     require_gpu()
     scans = {f"ours, {n} documents": ours(n) for n in (1, 8, 64)}
+    scans |= {f"ours, {META} meta tokens and {n} documents": ours(n, META) for n in (1, 64)}
     if importlib.util.find_spec("mamba_ssm") is not None:
         scans["mamba-ssm, 1 document"] = mamba_ssm()
     figures = {
