@@ -18,7 +18,7 @@ __all__ = ["DEVICES", "available", "causal_conv1d", "elementwise", "segment_atte
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ("cuda", "cpu") if _INTERPRETED else ("cuda",)
-META_FIRST = frozenset({"segment_attention", "selective_scan"})
+META_FIRST = frozenset({"causal_conv1d", "segment_attention", "selective_scan"})
 
 _TECHNIQUE = {
     "selective_scan": "Triton kernels with document starts and initial states",
