@@ -24,7 +24,7 @@ BATCH, CONTEXT, STEPS = 128, 8192, 20
 CHECKED_LENGTHS = (1500, 1, 700, 1024)
 # Parts of a step by names of kernels; what fits none is the rest.
 PARTS = {
-    "attention": ("attend", "join"),
+    "attention": ("attend", "join", "append"),
     "conv_and_scan": ("conv", "scan"),
     "products": ("gemm", "nvjet", "cutlass", "splitK", "gemv"),
 }

@@ -21,9 +21,9 @@ TOKENS, ROUNDS = 8192, 10
 
 # Parts of a kernel's name -> the part of the model that it computes; the first that fits.
 PARTS = {
-    "attention": ("flex_attention",),
-    "scan": ("chunk_ends", "carry", "outputs", "tile_starts", "chunk_gradients", "gradients", "time_steps"),
-    "conv": ("before_silu", "inputs_gradient", "initial_gradient", "final_states", "forward"),
+    "attention": ("attention_",),
+    "scan": ("scan_",),
+    "conv": ("conv_",),
     "norms, RoPE, SwiGLU": ("norm", "rotate", "swiglu"),
     "matrix products": ("nvjet", "gemm", "cutlass", "cublas"),
 }

@@ -35,8 +35,7 @@ class PrefixCache(HymbaCache):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, stream: Stream, window: int | None) -> Tensor:
         """As HymbaCache.attend: (T, H, dv)."""
-        # FlexAttention would be compiled anew for each length of the prefix.
-        if window is not None or q.device.type != "cpu":
+        if window is not None:
             return super().attend(layer, q, k, v, stream, window)
         held = self.layers[layer]
         assert held.k is not None

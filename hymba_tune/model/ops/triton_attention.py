@@ -35,7 +35,7 @@ class Shape(NamedTuple):
     num_stages: int
 
 
-FORWARD, QUERY_GRADIENT, KEY_GRADIENTS = Shape(128, 64, 8, 3), Shape(128, 64, 8, 2), Shape(32, 128, 8, 3)
+FORWARD, QUERY_GRADIENT, KEY_GRADIENTS = Shape(64, 64, 4, 3), Shape(64, 64, 4, 3), Shape(64, 64, 4, 2)
 # Without tensor cores, products in registers.
 WIDE_SHAPE = Shape(32, 16, 4, 1)
 
@@ -97,9 +97,8 @@ class _Attention(torch.autograd.Function):
         out = q.new_empty(*q.shape[:2], v.shape[2])
         lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
         launch = _Launch(q, v, prefix, offset)
-        launch(
-            kernels.forward, FORWARD, launch.query_blocks, q=q, k=k, v=v, firsts=firsts, lasts=lasts, out=out, lse=lse
-        )
+        given = {"q": q, "k": k, "v": v, "firsts": firsts, "lasts": lasts}
+        launch(kernels.attention_forward, FORWARD, launch.query_blocks, **given, out=out, lse=lse)
         ctx.save_for_backward(q, k, v, firsts, lasts, out, lse)
         ctx.places = (prefix, offset)
         return out
@@ -112,15 +111,15 @@ class _Attention(torch.autograd.Function):
         launch = _Launch(q, v, *ctx.places)
         dq, dk, dv, deltas = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
         given = {"q": q, "k": k, "v": v, "lasts": lasts, "lse": lse, "dout": dout.contiguous(), "deltas": deltas}
-        launch(kernels.query_gradient, QUERY_GRADIENT, launch.query_blocks, **given, firsts=firsts, out=out, dq=dq,
-               unit=launch.unit)  # fmt: skip
+        launch(kernels.attention_query_gradient, QUERY_GRADIENT, launch.query_blocks, **given, firsts=firsts, out=out,
+               dq=dq, unit=launch.unit)  # fmt: skip
         dk_parts, dv_parts = (lse.new_empty(PARTS, prefix, *t.shape[1:]) for t in (k, v))
-        launch(kernels.key_gradients, KEY_GRADIENTS, launch.key_blocks(len(k)), **given, dk=dk, dv=dv,
+        launch(kernels.attention_key_gradients, KEY_GRADIENTS, launch.key_blocks(len(k)), **given, dk=dk, dv=dv,
                dk_parts=dk_parts, dv_parts=dv_parts, keys=len(k), prefix_programs=launch.prefix_programs(), PARTS=PARTS,
                unit=launch.unit)  # fmt: skip
         if prefix:
             sizes = (dk_parts[0].numel(), dv_parts[0].numel())
-            kernels.sum_of_parts[(triton.cdiv(max(sizes), SUMMED),)](
+            kernels.attention_parts[(triton.cdiv(max(sizes), SUMMED),)](
                 dk_parts, dv_parts, dk, dv, *sizes, PARTS=PARTS, SIZE=SUMMED
             )
         return dq, dk, dv, None, None, None, None

@@ -99,7 +99,7 @@ def take_in(
 
 
 @triton.jit
-def forward(
+def attention_forward(
     q, k, v, firsts, lasts, out, lse, queries, prefix, offset, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, D: tl.constexpr,
     E: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PRODUCT: tl.constexpr, WIDE: tl.constexpr,
@@ -150,12 +150,12 @@ def add_query_gradient(
 
 
 @triton.jit
-def query_gradient(
+def attention_query_gradient(
     q, k, v, firsts, lasts, out, lse, dout, dq, deltas, queries, prefix, offset, scale, unit,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, D: tl.constexpr,
     E: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PRODUCT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """dq, and `deltas` (H, Q) for `key_gradients`: the products of each output and its gradient."""
+    """dq, and `deltas` (H, Q) for `attention_key_gradients`: the products of each output and its gradient."""
     block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     at, n, d, e = block * ROWS, tl.arange(0, ROWS), tl.arange(0, D), tl.arange(0, E)
     i = at + n
@@ -211,7 +211,7 @@ def add_key_gradients(
 
 
 @triton.jit
-def key_gradients(
+def attention_key_gradients(
     q, k, v, lasts, lse, dout, deltas, dk, dv, dk_parts, dv_parts, queries, keys, prefix, offset, scale, unit,
     prefix_programs, PARTS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, D: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -267,7 +267,7 @@ def key_gradients(
 
 
 @triton.jit
-def sum_of_parts(dk_parts, dv_parts, dk, dv, dk_size, dv_size, PARTS: tl.constexpr, SIZE: tl.constexpr):
+def attention_parts(dk_parts, dv_parts, dk, dv, dk_size, dv_size, PARTS: tl.constexpr, SIZE: tl.constexpr):
     """The prefix's gradients: dk_size and dv_size numbers, the same in each of PARTS parts."""
     n = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     dkey, dvalue = tl.zeros((SIZE,), dk_parts.dtype.element_ty), tl.zeros((SIZE,), dv_parts.dtype.element_ty)

@@ -82,7 +82,7 @@ class _CausalConv1d(torch.autograd.Function):
         runs, documents = len(table), len(cu_seqlens) - 1
         y, final = _like(x), x.new_empty(documents, *weight.shape)
         launch = _Launch(x, weight, bias, initial, table, num_meta)
-        launch(kernels.forward, runs + documents, cu_seqlens=cu_seqlens, y=y, final=final, runs=runs, GROUP=GROUP)
+        launch(kernels.conv_forward, runs + documents, cu_seqlens=cu_seqlens, y=y, final=final, runs=runs, GROUP=GROUP)
         ctx.save_for_backward(x, weight, bias, initial, cu_seqlens, table)
         ctx.num_meta = num_meta
         # Seldom does a loss read the final states; where none does, their gradients cost nothing.
@@ -103,7 +103,7 @@ class _CausalConv1d(torch.autograd.Function):
         # Of a document without tokens no program writes it.
         dinitial = None if initial is None else x.new_zeros(len(cu_seqlens) - 1, channels, taps, dtype=wide)
         launch = _Launch(x, weight, bias, initial, table, ctx.num_meta)
-        launch(kernels.gradients, len(table), dy=dy, dfinal=dfinal, dx=dx, parts=parts, dinitial=dinitial,
+        launch(kernels.conv_gradients, len(table), dy=dy, dfinal=dfinal, dx=dx, parts=parts, dinitial=dinitial,
                FINAL=dfinal is not None, LEARNED=learned, GROUP=GRADIENT_GROUP)  # fmt: skip
         dweight, dbias, of_state = parts.sum(0).split(sizes)
         held = None if dfinal is None or not (meta or initial is not None) else _held(dfinal, cu_seqlens)

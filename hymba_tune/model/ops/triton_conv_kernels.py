@@ -110,7 +110,7 @@ def convolve(window, taps, shift, K: tl.constexpr):
 
 
 @triton.jit
-def forward(
+def conv_forward(
     x, weight, bias, initial, table, cu_seqlens, y, final, runs, meta, channels, x_row, initial_row,
     K: tl.constexpr, META: tl.constexpr, GIVEN: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -190,7 +190,7 @@ def held_by_final(dfinal, token, length, to_end, document, d, channels, K: tl.co
 
 
 @triton.jit
-def gradients(
+def conv_gradients(
     x, weight, bias, initial, table, dy, dfinal, dx, parts, dinitial, meta, channels, x_row, initial_row,
     K: tl.constexpr, META: tl.constexpr, GIVEN: tl.constexpr, FINAL: tl.constexpr, LEARNED: tl.constexpr,
     GROUP: tl.constexpr, BLOCK: tl.constexpr,

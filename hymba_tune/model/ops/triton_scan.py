@@ -153,10 +153,10 @@ class _SelectiveScan(torch.autograd.Function):
         ends, steps = launch.buffers()
         stepped: dict[str, Any] = {"dt": dt, "dt_row": dt.stride(0), "TERMS": TERMS[A.dtype], "META": launch.meta}
         if chunks.several or launch.meta:
-            launch(kernels.chunk_ends, **launch.driven, **stepped, ends=ends, steps=steps)
+            launch(kernels.scan_chunk_ends, **launch.driven, **stepped, ends=ends, steps=steps)
         entering = torch.empty_like(ends)
         launch.carry(ends, steps, None if initial is None else channels_last(initial), entering, final)
-        launch(kernels.outputs, **launch.driven, **stepped, **launch.gated(gate), D=D, entering=entering, y=y,
+        launch(kernels.scan_outputs, **launch.driven, **stepped, **launch.gated(gate), D=D, entering=entering, y=y,
                final=final, delta=delta)  # fmt: skip
         ctx.save_for_backward(x, delta, A, B, C, D, gate, entering)
         ctx.chunks, ctx.dt_type, ctx.initial_shape = chunks, dt.dtype, None if initial is None else initial.mT.shape
@@ -170,15 +170,15 @@ class _SelectiveScan(torch.autograd.Function):
         launch = _Launch(x, A, B, C, ctx.chunks)
         dy = torch.zeros_like(x) if dy is None else dy.contiguous()
         kept = A.new_empty(launch.chunks.tiles, *launch.state)
-        launch(kernels.tile_starts, **launch.driven, delta=delta, ends=ends, kept=kept)
+        launch(kernels.scan_tile_starts, **launch.driven, delta=delta, ends=ends, kept=kept)
         has_initial = ctx.initial_shape is not None
         entering, dinitial = _from_the_right(launch, delta, gate, dy, dfinal, has_initial)
         dx, ddt, dgate = (torch.empty(x.shape, dtype=t, device=x.device) for t in (x.dtype, ctx.dt_type, gate.dtype))
         dBC = A.new_empty(triton.cdiv(launch.channels, GRADIENT_BLOCK), 2, *B.shape)
         dAD = A.new_empty(len(ends), launch.states + 1, launch.channels)
         wanted: dict[str, Any] = {"dx": dx, "ddt": ddt, "dgate": dgate, "dBC": dBC, "dAD": dAD}
-        launch(kernels.gradients, **launch.driven, **launch.gated(gate), **launch.summed(), **wanted, delta=delta, D=D,
-               dy=dy, kept=kept, entering=entering, tokens=len(x), TERMS=DERIVATIVE_TERMS[A.dtype],
+        launch(kernels.scan_gradients, **launch.driven, **launch.gated(gate), **launch.summed(), **wanted, delta=delta,
+               D=D, dy=dy, kept=kept, entering=entering, tokens=len(x), TERMS=DERIVATIVE_TERMS[A.dtype],
                block=GRADIENT_BLOCK, registers=GRADIENT_REGISTERS)  # fmt: skip
         dB, dC = dBC.sum(0).to(B.dtype)
         of_parameters = dAD.sum(0)
@@ -198,7 +198,7 @@ def _from_the_right(
     entering = torch.empty_like(added)
     firsts = has_initial or bool(launch.meta)
     if launch.chunks.several or firsts:
-        launch(kernels.chunk_gradients, **launch.steered, **launch.gated(gate), delta=delta, dy=dy, added=added,
+        launch(kernels.scan_chunk_gradients, **launch.steered, **launch.gated(gate), delta=delta, dy=dy, added=added,
                steps=steps, FIRSTS=firsts)  # fmt: skip
     dinitial = launch.A.new_empty(launch.documents, *launch.state) if firsts else None
     first = None if dfinal is None else channels_last(dfinal)
@@ -265,7 +265,7 @@ class _Launch:
         through = range(self.meta + self.documents) if from_the_right is None else from_the_right
         if through:
             grid = (triton.cdiv(self.channels, CARRIED), self.states, len(through))
-            kernels.carry[grid](
+            kernels.scan_carry[grid](
                 added=added, steps=steps, begins=self.chunks.begins, first=first, entering=entering, left=left,
                 before=through.start, meta_chunks=0 if reverse else self.chunks.meta,
                 first_row=int(first is not None and len(first) > 1), META=self.meta, GROUP=GROUP, BLOCK=CARRIED,

@@ -56,7 +56,7 @@ def step_gradient(delta, TERMS: tl.constexpr):
 
 @triton.jit
 def load_tile(base, start, stop, row, d, channels, TILE: tl.constexpr, OTHER: tl.constexpr = 0,
-              EVICT: tl.constexpr = ""):  # fmt: skip
+              KEPT: tl.constexpr = False):  # fmt: skip
     """The channels `d` of TILE tokens; OTHER beyond the channels and from `stop` on.
 
     What is loaded together overlaps, as long as nothing waits in between: so they are widened only where they are used.
@@ -64,7 +64,8 @@ def load_tile(base, start, stop, row, d, channels, TILE: tl.constexpr, OTHER: tl
     rows = ()
     for i in tl.static_range(TILE):
         inside = (d < channels) & (start + i < stop)
-        rows = rows + (tl.load(base + (start + i) * row + d, mask=inside, other=OTHER, eviction_policy=EVICT),)
+        at = base + (start + i) * row + d
+        rows = rows + (tl.load(at, mask=inside, other=OTHER, eviction_policy="evict_last" if KEPT else ""),)
     return rows
 
 
@@ -117,7 +118,7 @@ def lanes_bc(B, C, STATES: tl.constexpr):
 
 
 @triton.jit
-def load_bc(lanes, start, stop, TILE: tl.constexpr, STATES: tl.constexpr, EVICT: tl.constexpr = ""):
+def load_bc(lanes, start, stop, TILE: tl.constexpr, STATES: tl.constexpr, KEPT: tl.constexpr = False):
     """B and C of TILE tokens, one a thread: what `pick` takes from there needs no memory.
 
     From `stop` on they are the last token's, whose time step of 0 makes them count nothing.
@@ -126,7 +127,8 @@ def load_bc(lanes, start, stop, TILE: tl.constexpr, STATES: tl.constexpr, EVICT:
     rows = ()
     for i in tl.static_range(TILE):
         token = tl.minimum(start + i, stop - 1)
-        rows = rows + (tl.load(lanes + token * STATES, mask=live, other=0, eviction_policy=EVICT),)
+        at = lanes + token * STATES
+        rows = rows + (tl.load(at, mask=live, other=0, eviction_policy="evict_last" if KEPT else ""),)
     return rows
 
 
@@ -146,7 +148,7 @@ def advance(h, delta, drive, rate, row, STATES: tl.constexpr):
 
 
 @triton.jit
-def chunk_ends(
+def scan_chunk_ends(
     x, dt, A, B, C, table, ends, steps, channels, x_row, dt_row,
     META: tl.constexpr, TERMS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
@@ -179,7 +181,7 @@ def chunk_ends(
 
 
 @triton.jit(do_not_specialize=["before", "meta_chunks"])
-def carry(
+def scan_carry(
     added, steps, A, begins, first, entering, left, before, meta_chunks, first_row, channels,
     META: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
@@ -225,7 +227,7 @@ def carry(
 
 
 @triton.jit
-def outputs(
+def scan_outputs(
     x, dt, A, B, C, D, gate, table, entering, y, final, delta, channels, x_row, dt_row, gate_row,
     META: tl.constexpr, TERMS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
@@ -267,7 +269,7 @@ def outputs(
 
 
 @triton.jit
-def tile_starts(
+def scan_tile_starts(
     x, delta, A, B, C, table, ends, kept, channels, x_row,
     TILE: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
@@ -295,7 +297,7 @@ def tile_starts(
 
 
 @triton.jit
-def chunk_gradients(
+def scan_chunk_gradients(
     delta, A, B, C, gate, dy, table, added, steps, channels, gate_row,
     FIRSTS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
@@ -371,7 +373,7 @@ def store_sums(base, values, lane, live, STATES: tl.constexpr, WIDTH: tl.constex
 
 
 @triton.jit
-def gradients(
+def scan_gradients(
     x, delta, A, B, C, D, gate, dy, table, kept, entering,
     dx, ddt, dgate, dBC, dAD, tokens, channels, x_row, gate_row,
     TILE: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr,
@@ -405,9 +407,9 @@ def gradients(
         tile = tiles - 1 - k
         h = load_states(kept, first_tile + tile, d, channels, STATES)
         at = tile * TILE
-        deltas = load_tile(delta, at, count, channels, d, channels, TILE, EVICT="evict_last")
+        deltas = load_tile(delta, at, count, channels, d, channels, TILE, KEPT=True)
         xs = load_tile(x, at, count, x_row, d, channels, TILE)
-        rows = load_bc(lanes, at, count, TILE, STATES, EVICT="evict_last")
+        rows = load_bc(lanes, at, count, TILE, STATES, KEPT=True)
         befores = ()
         for i in tl.static_range(TILE):
             befores = befores + (h,)
