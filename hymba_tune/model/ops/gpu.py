@@ -21,8 +21,8 @@ DEVICES = ("cuda", "cpu") if _INTERPRETED else ("cuda",)
 META_FIRST = frozenset({"causal_conv1d", "segment_attention", "selective_scan"})
 
 _TECHNIQUE = {
-    "selective_scan": "Triton kernels with document starts and initial states",
-    "causal_conv1d": "Triton kernels with document starts and initial states",
+    "selective_scan": "Triton kernels with meta tokens, document starts and initial states",
+    "causal_conv1d": "one Triton kernel each way, with meta tokens, document starts and initial states",
     "segment_attention": "Triton kernels over what the meta tokens, documents and windows let a block see",
     "elementwise": "Triton kernels for norms, RoPE and SwiGLU",
     "steps": "Triton kernels, what a row has cached shared out to many programs",
