@@ -2,7 +2,7 @@
 
 Prompts are sorted by length and left-padded into batches that a token budget bounds. A row leaves its batch as it ends
 (end of sequence, stop string or its token limit), so a slow row never holds the others up. Nothing runs for ever: a row
-ends at its own token limit, and a limit is always finite.
+ends at its own token limit, and a limit is always finite. What all prompts of a batch begin with is computed once.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 
 from hymba_tune.errors import UserError
+from hymba_tune.evaluation.beginning import cache_after, shared_beginning
 from hymba_tune.model.cache import HymbaCache
 from hymba_tune.model.modeling import HymbaForCausalLM
 from hymba_tune.model.static_cache import StaticDecoder
@@ -189,6 +190,11 @@ def left_padded(
     return input_ids.to(device), mask.to(device)
 
 
+def behind(beginning: int, mask: torch.Tensor) -> torch.Tensor:
+    """The mask (B, L) of what follows so many tokens that all rows begin with -> that of both."""
+    return torch.cat([mask.new_ones(len(mask), beginning), mask], dim=1)
+
+
 def _limits_per_prompt(max_new_tokens: int | Sequence[int], count: int) -> list[int]:
     limits = [max_new_tokens] * count if isinstance(max_new_tokens, int) else list(max_new_tokens)
     if len(limits) != count:
@@ -216,7 +222,9 @@ def _decode_batch(
 ) -> Iterator[tuple[int, list[int], FinishReason]]:
     """Yields (row, generated ids, reason) as rows end."""
     decoder: _Decoder = _Static(model, max(limits)) if has_static_cache(model) else _Growing(model)
-    chosen = decoder.prefill(*left_padded(prompts, pad_id=0, device=model.device))
+    beginning = shared_beginning(prompts)
+    rests = [prompt[len(beginning) :] for prompt in prompts]
+    chosen = decoder.prefill(beginning, *left_padded(rests, pad_id=0, device=model.device))
     alive = list(range(len(prompts)))
     answers: list[list[int]] = [[] for _ in prompts]
     while True:
@@ -240,8 +248,8 @@ def _decode_batch(
 class _Decoder(Protocol):
     """Greedy tokens of a batch that shrinks."""
 
-    def prefill(self, prompts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Left-padded prompts (B, L) and their mask -> the first tokens (B,)."""
+    def prefill(self, beginning: list[int], prompts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The tokens that all rows begin with, the rest of each (B, L), left-padded, its mask -> first tokens (B,)."""
 
     def step(self, chosen: torch.Tensor) -> torch.Tensor:
         """The last tokens (B,) -> the next ones (B,)."""
@@ -257,8 +265,12 @@ class _Growing:
         self._model = model
         self._cache: Any = None
 
-    def prefill(self, prompts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        self._mask, self._positions = mask, (mask.cumsum(1) - 1).clamp(min=0)
+    def prefill(self, beginning: list[int], prompts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        if beginning:
+            self._cache = cache_after(self._model, beginning)
+            self._cache.batch_repeat_interleave(len(prompts))
+        self._mask = behind(len(beginning), mask)
+        self._positions = (self._mask.cumsum(1) - 1).clamp(min=0)[:, len(beginning) :]
         return self._forward(prompts)
 
     def step(self, chosen: torch.Tensor) -> torch.Tensor:
@@ -289,8 +301,13 @@ class _Static:
     def __init__(self, model: Any, new_tokens: int) -> None:
         self._model, self._new_tokens = model, new_tokens
 
-    def prefill(self, prompts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        cache = HymbaCache(self._model.config, max_length=prompts.shape[1] + self._new_tokens)
+    def prefill(self, beginning: list[int], prompts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        length = len(beginning) + prompts.shape[1] + self._new_tokens
+        cache = HymbaCache(self._model.config, max_length=length)
+        if beginning:
+            cache_after(self._model, beginning, cache)
+            cache.batch_repeat_interleave(len(prompts))
+        mask = behind(len(beginning), mask)
         output = self._model(prompts, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
         self._decoder = StaticDecoder(self._model, cache)
         return output.logits[:, -1].argmax(-1)

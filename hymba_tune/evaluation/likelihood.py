@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from hymba_tune.errors import UserError
-from hymba_tune.evaluation.generate import WHOLE, Share, batches_by_budget, left_padded, shared
+from hymba_tune.evaluation.beginning import FEWEST_ROWS, SHORTEST, cache_after, common
+from hymba_tune.evaluation.generate import WHOLE, Share, batches_by_budget, behind, left_padded, shared
 from hymba_tune.model.cache import HymbaCache
 from hymba_tune.model.prefix_cache import PrefixCache
 
@@ -22,9 +23,6 @@ Likelihood = tuple[float, bool]
 
 LOGIT_ROWS = 4096
 """Most positions whose logits are held at once (0.5 GB in float32 at 32,001 words)."""
-
-SHORTEST_PREFIX, FEWEST_ROWS = 64, 3
-"""A common beginning is computed apart from this many tokens and rows on; below, the second forward costs more."""
 
 Row = tuple[int, ...]
 
@@ -60,7 +58,7 @@ def loglikelihood_as_finished(
     keys = list(groups)
     rows, kept = [row for row, _ in keys], [count for _, count in keys]
     for family, batches in _planned(rows, kept, batch_tokens, share):
-        cache = _prefix_cache(model, rows[family.rows[0]][: family.prefix]) if family.prefix else None
+        cache = cache_after(model, rows[family.rows[0]][: family.prefix]) if family.prefix else None
         for batch in batches:
             rests = [rows[i][family.prefix :] for i in batch]
             scores = _score_batch(model, rests, max(kept[i] for i in batch), family.prefix, cache)
@@ -102,21 +100,15 @@ def _families(rows: Sequence[Row], kept: Sequence[int]) -> list[_Family]:
         usable = len(rows[index]) - kept[index]
         if families:
             family = families[-1]
-            common = min(_common(rows[family.rows[0]], rows[index]), usable, family.prefix)
-            if common >= max(SHORTEST_PREFIX, family.prefix // 2):
+            prefix = min(common(rows[family.rows[0]], rows[index]), usable, family.prefix)
+            if prefix >= max(SHORTEST, family.prefix // 2):
                 family.rows.append(index)
-                family.prefix = common
+                family.prefix = prefix
                 continue
         families.append(_Family(usable, [index]))
     shared = [family for family in families if len(family.rows) >= FEWEST_ROWS]
     rest = [index for family in families if len(family.rows) < FEWEST_ROWS for index in family.rows]
     return [*shared, _Family(0, rest)] if rest else shared
-
-
-def _common(one: Row, other: Row) -> int:
-    """Length of the common beginning."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _batches(family: Sequence[int], rows: Sequence[Row], kept: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -129,13 +121,6 @@ def _batches(family: Sequence[int], rows: Sequence[Row], kept: Sequence[int], ba
                 taken = []
             taken.append(i)
         yield taken
-
-
-@torch.inference_mode()
-def _prefix_cache(model: Any, prefix: Row) -> Any:
-    """The model's cache after one row of `prefix`."""
-    ids = torch.tensor([prefix], device=model.device)
-    return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1).past_key_values
 
 
 def _for_rows(cache: Any, rows: int) -> Any:
@@ -154,7 +139,7 @@ def _score_batch(model: Any, rows: Sequence[Row], kept: int, prefix: int, cache:
     positions = prefix + (mask.cumsum(1) - 1).clamp(min=0)
     if cache is not None:
         cache = _for_rows(cache, len(rows))
-        mask = torch.cat([mask.new_ones(len(rows), prefix), mask], dim=1)
+        mask = behind(prefix, mask)
     output = model(
         input_ids=input_ids,
         attention_mask=mask,

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hymba_tune.errors import UserError
+from hymba_tune.evaluation.beginning import shared_beginning
 from hymba_tune.evaluation.generate import StopStrings, batches_by_budget, generate
 from hymba_tune.model.static_cache import StaticDecoder
 
@@ -151,3 +152,43 @@ def test_the_real_tokenizer_finds_stop_strings_across_its_merges(data_dir):
         assert found, f"{stop!r} in {text!r}"
         assert stop not in tokenizer.decode(ids[: found[0] - 1])
         assert stops.trim(ids) == text.split(stop)[0]
+
+
+@pytest.mark.parametrize("fixed_buffers", [False, True], ids=["growing", "fixed buffers"])
+@pytest.mark.parametrize("model_name", ["tiny_llama", "tiny_hymba"])
+def test_what_all_prompts_begin_with_is_computed_once_and_changes_no_answer(
+    model_name, fixed_buffers, character_tokenizer, request, monkeypatch
+):
+    model = request.getfixturevalue(model_name)
+    if fixed_buffers and model_name == "tiny_llama":
+        pytest.skip("fixed buffers are Hymba's")
+    model = copy.deepcopy(model).double()
+    monkeypatch.setattr("hymba_tune.evaluation.generate.has_static_cache", lambda model: fixed_buffers)
+    # A prompt that is all beginning but for one token, and rests of many lengths.
+    shots, *rests = random_prompts(len(character_tokenizer), 8, seed=3)
+    shots = (shots * 70)[:70]
+    prompts = [shots + rest for rest in [*rests, [5]]]
+    computed: list[tuple[int, ...]] = []
+    model.register_forward_pre_hook(lambda _, args, named: computed.append(_shape(args, named)), with_kwargs=True)
+    together = generate(model, character_tokenizer, prompts, max_new_tokens=12)
+    assert computed[:2] == [(1, 70), (8, max(map(len, rests)))]
+    alone = [generate(model, character_tokenizer, [prompt], max_new_tokens=12)[0] for prompt in prompts]
+    assert together == alone
+
+
+def _shape(args: tuple[Any, ...], named: dict[str, Any]) -> tuple[int, ...]:
+    return tuple((args[0] if args else named["input_ids"]).shape)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "shared"),
+    [
+        ([[1] * 80 + [n] for n in range(3)], 80),
+        ([[1] * 80, [1] * 90, [1] * 100], 79),
+        ([[1] * 80, [1] * 80], 0),
+        ([[1] * 63 + [n] * 50 for n in range(9)], 0),
+    ],
+    ids=["of equal length", "one is all beginning", "too few rows", "too short"],
+)
+def test_a_beginning_is_shared_where_that_pays_and_leaves_each_prompt_a_token(prompts, shared):
+    assert len(shared_beginning(prompts)) == shared
