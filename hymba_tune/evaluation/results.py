@@ -21,6 +21,7 @@ import json
 import math
 import random
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ T = TypeVar("T")
 
 EMPTY_SHARE_SUSPECT = 0.20
 """More empty answers than this say that something broke: a model that merely answers badly still answers."""
+EXTRACTED_SHARE_SUSPECT = 0.01
+"""Something to judge in fewer answers than this says the same: a score then counts answers that have the wrong form."""
 BOOTSTRAP_SAMPLES = 1000
 
 
@@ -120,15 +123,23 @@ def suspicion(items: Sequence[dict[str, Any]]) -> str | None:
     empty = sum(not str(item["answer"]).strip() for item in items)
     if empty / len(items) > EMPTY_SHARE_SUSPECT:
         return f"{empty} of {len(items)} answers are empty: check the chat template, end of turn and the checkpoint"
-    if not any(_extracted_something(item["extracted"]) for item in items):
-        return f"no answer could be extracted from any of {len(items)} answers: check the answer's format in the items"
+    for name, found in _extracted(items).items():
+        if found / len(items) < EXTRACTED_SHARE_SUSPECT:
+            of = f"{name}: " if name else ""
+            return (
+                f"{of}an answer could be extracted from {found} of {len(items)} answers: check their form in the items"
+            )
     return None
 
 
-def _extracted_something(extracted: Any) -> bool:
-    return (
-        any(value is not None for value in extracted.values()) if isinstance(extracted, dict) else extracted is not None
-    )
+def _extracted(items: Sequence[dict[str, Any]]) -> Counter[str]:
+    """How many answers something was extracted from, by the extractor's name; '' where a task has one only."""
+    found: Counter[str] = Counter()
+    for item in items:
+        extracted = item["extracted"]
+        for name, value in extracted.items() if isinstance(extracted, dict) else [("", extracted)]:
+            found[name] += value is not None
+    return found
 
 
 def package_versions() -> dict[str, str]:

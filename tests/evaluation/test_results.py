@@ -31,6 +31,12 @@ def item(answer: str, extracted: object) -> dict[str, object]:
 
 def test_empty_answers_and_answers_without_anything_to_judge_are_suspect():
     assert "3 of 10 answers are empty" in str(suspicion([item("a", 1)] * 7 + [item(" \n", None)] * 3))
-    assert "no answer could be extracted" in str(suspicion([item("a", {"x": None})] * 5))
+    assert "extracted from 0 of 5" in str(suspicion([item("a", None)] * 5))
+    assert "extracted from 2 of 201" in str(suspicion([item("a", 1)] * 2 + [item("a", None)] * 199))
+    assert suspicion([item("a", 1)] * 2 + [item("a", None)] * 198) is None
     assert suspicion([item("a", 1)] * 8 + [item("", None)] * 2) is None
-    assert suspicion([item("a", {"x": None, "y": "3"})]) is None
+
+
+def test_an_extractor_that_finds_nothing_beside_one_that_does_is_named():
+    assert str(suspicion([item("a", {"x": None, "y": "3"})])).startswith("x: an answer could be extracted from 0 of 1")
+    assert suspicion([item("a", {"x": None, "y": "3"}), item("a", {"x": "3", "y": "3"})]) is None
