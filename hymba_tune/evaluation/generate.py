@@ -18,6 +18,9 @@ from hymba_tune.model.cache import HymbaCache
 from hymba_tune.model.modeling import HymbaForCausalLM
 from hymba_tune.model.static_cache import StaticDecoder
 
+PREFILL_TOKENS, PREFILL_TOKENS_ON_CPU = 131_072, 4096
+"""Prompts that a Hymba reads at a time: beyond, a CPU's caches no longer hold what passes between its operations."""
+
 FinishReason = Literal["eos", "stop", "length"]
 T = TypeVar("T")
 Share = tuple[int, int]
@@ -266,11 +269,14 @@ class _Growing:
         self._cache: Any = None
 
     def prefill(self, beginning: list[int], prompts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        self._mask = behind(len(beginning), mask)
+        self._positions = (self._mask.cumsum(1) - 1).clamp(min=0)[:, len(beginning) :]
         if beginning:
             self._cache = cache_after(self._model, beginning)
             self._cache.batch_repeat_interleave(len(prompts))
-        self._mask = behind(len(beginning), mask)
-        self._positions = (self._mask.cumsum(1) - 1).clamp(min=0)[:, len(beginning) :]
+        elif isinstance(self._model, HymbaForCausalLM):
+            self._cache, chosen = read_prompts(self._model, prompts, mask)
+            return chosen
         return self._forward(prompts)
 
     def step(self, chosen: torch.Tensor) -> torch.Tensor:
@@ -303,20 +309,48 @@ class _Static:
 
     def prefill(self, beginning: list[int], prompts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         length = len(beginning) + prompts.shape[1] + self._new_tokens
-        cache = HymbaCache(self._model.config, max_length=length)
         if beginning:
-            cache_after(self._model, beginning, cache)
+            cache = cache_after(self._model, beginning, HymbaCache(self._model.config, max_length=length))
             cache.batch_repeat_interleave(len(prompts))
-        mask = behind(len(beginning), mask)
-        output = self._model(prompts, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            chosen = _greedy(self._model, prompts, behind(len(beginning), mask), cache)
+        else:
+            cache, chosen = read_prompts(self._model, prompts, mask, length)
         self._decoder = StaticDecoder(self._model, cache)
-        return output.logits[:, -1].argmax(-1)
+        return chosen
 
     def step(self, chosen: torch.Tensor) -> torch.Tensor:
         return self._decoder.step(chosen)
 
     def keep(self, kept: torch.Tensor) -> None:
         self._decoder.keep(kept)
+
+
+def read_prompts(
+    model: HymbaForCausalLM, prompts: torch.Tensor, mask: torch.Tensor, max_length: int | None = None
+) -> tuple[HymbaCache, torch.Tensor]:
+    """Left-padded prompts (B, L) and their mask -> the cache after them, and the first tokens (B,).
+
+    A few rows at a time, longest first as they come: see PREFILL_TOKENS.
+    """
+    width, lengths = prompts.shape[1], mask.sum(1).tolist()
+    most = PREFILL_TOKENS_ON_CPU if model.device.type == "cpu" else PREFILL_TOKENS
+    parts, chosen, start = [], [], 0
+    while start < len(prompts):
+        rows = max(1, most // max(lengths[start:]))
+        part = slice(start, start + rows)
+        real = slice(width - max(lengths[part]), None)
+        cache = HymbaCache(model.config, max_length)
+        chosen.append(_greedy(model, prompts[part, real], mask[part, real], cache))
+        parts.append(cache)
+        start += rows
+    return HymbaCache.joined(parts, width), torch.cat(chosen)
+
+
+def _greedy(model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: HymbaCache) -> torch.Tensor:
+    """The likeliest next tokens (B,) of rows that continue a cache."""
+    output = model(ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    chosen: torch.Tensor = output.logits[:, -1].argmax(-1)
+    return chosen
 
 
 def has_static_cache(model: Any) -> bool:

@@ -10,9 +10,11 @@ features of a key/value head, Dn channels, N state size, K conv width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -81,6 +83,27 @@ class HymbaCache(Cache):
     def __post_init__(self) -> None:
         self.offloading = False
         self.layers = [LayerCache() for _ in range(self.config.num_hidden_layers)]
+
+    @classmethod
+    def joined(cls, parts: Sequence[HymbaCache], slots: int) -> HymbaCache:
+        """The rows of several filled caches of one model as one batch.
+
+        Args:
+            slots: of a row, padding included; what rows have more than their part's counts as padding on the left.
+
+        Raises:
+            ValueError: a part is empty, or has more slots.
+        """
+        if not parts or any(part.lengths is None or part.slots > slots for part in parts):
+            raise ValueError(f"HymbaCache.joined takes filled caches of at most {slots} slots")
+        new = cls(parts[0].config, parts[0].max_length)
+        new.lengths, new.slots = torch.cat([part.lengths for part in parts if part.lengths is not None]), slots
+        for layer, held in zip(new.layers, zip(*(part.layers for part in parts), strict=True), strict=True):
+            layer.meta_k, layer.meta_v = held[0].meta_k, held[0].meta_v
+            for name in ("k", "v", "conv", "ssm"):
+                values = [value for one in held if (value := getattr(one, name)) is not None]
+                setattr(layer, name, _stacked(values) if values else None)
+        return new
 
     def append(self, stream: Stream, produced: dict[int, tuple[Tensor, Tensor]]) -> None:
         """Take in the K/V that each producer computed over the stream: (num_meta + T, Hkv, d) and (.., dv)."""
@@ -324,6 +347,12 @@ def _against_shared(x: Tensor, y: Tensor) -> Tensor:
     batch, _, group, length, _ = x.shape
     out = x.transpose(0, 1).flatten(1, 3) @ y
     return out.unflatten(1, (batch, group, length)).transpose(0, 1)
+
+
+def _stacked(values: Sequence[Tensor]) -> Tensor:
+    """(B_i, .., p_i, m) -> (sum of B_i, .., largest p, m): zeros in the slots that a part had no need of."""
+    most = max(value.shape[-2] for value in values)
+    return torch.cat([F.pad(value, (0, 0, 0, most - value.shape[-2])) for value in values])
 
 
 def _grown(held: Tensor | None, rows: int, capacity: int, new: Tensor) -> Tensor:

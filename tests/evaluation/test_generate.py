@@ -192,3 +192,17 @@ def _shape(args: tuple[Any, ...], named: dict[str, Any]) -> tuple[int, ...]:
 )
 def test_a_beginning_is_shared_where_that_pays_and_leaves_each_prompt_a_token(prompts, shared):
     assert len(shared_beginning(prompts)) == shared
+
+
+@pytest.mark.parametrize("fixed_buffers", [False, True], ids=["growing", "fixed buffers"])
+def test_prompts_read_a_few_at_a_time_get_the_same_answers(fixed_buffers, tiny_hymba, character_tokenizer, monkeypatch):
+    """One prompt longer than what is read at a time, and groups whose rows have less padding than the batch."""
+    model = copy.deepcopy(tiny_hymba).double()
+    monkeypatch.setattr("hymba_tune.evaluation.generate.has_static_cache", lambda model: fixed_buffers)
+    prompts = random_prompts(len(character_tokenizer), 14, seed=5)
+    expected = generate(model, character_tokenizer, prompts, max_new_tokens=20)
+    monkeypatch.setattr("hymba_tune.evaluation.generate.PREFILL_TOKENS_ON_CPU", 39)
+    read: list[tuple[int, ...]] = []
+    model.register_forward_pre_hook(lambda _, args, named: read.append(_shape(args, named)), with_kwargs=True)
+    assert generate(model, character_tokenizer, prompts, max_new_tokens=20) == expected
+    assert len([shape for shape in read if shape[1] > 1]) > 5
