@@ -93,7 +93,7 @@ def test_activations_are_within_a_tenth_of_what_autograd_keeps(monkeypatch):
             ctx.save_for_backward(output, *kept)
             return output
 
-    def scan(x, dt, a, b, c, d, gate, cu_seqlens, state=None):
+    def scan(x, dt, a, b, c, d, gate, cu_seqlens, state, num_meta):
         return Keep.apply(x, x, dt, b, c, gate), x.new_zeros(1, x.shape[1], a.shape[1])
 
     monkeypatch.setattr(ops, "selective_scan", scan)
