@@ -62,9 +62,13 @@ def selective_scan(
             gate and y are (M + T, ..); every document starts from the state that they left. No initial_state then.
 
     Returns:
-        y and the documents' final states, without that of the meta tokens.
+        y (M + T, Dn) and the documents' final states (S, Dn, N), without that of the meta tokens.
+
+    Raises:
+        ValueError: an initial_state beside meta tokens.
     """
-    assert not num_meta or initial_state is None, "documents start from the meta tokens' state"
+    if num_meta and initial_state is not None:
+        raise ValueError("initial_state is what the num_meta tokens leave: it can't be given with them")
     wide = torch.promote_types(x.dtype, torch.float32)
     state = None if initial_state is None else initial_state.to(wide)
     columns = torch.promote_types(B.dtype, C.dtype)
