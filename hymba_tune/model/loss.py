@@ -58,17 +58,17 @@ class _SummedCrossEntropy(torch.autograd.Function):
             logits = F.linear(h, weight)
             wide = logits.to(total.dtype)
             wide[:, words:] = -torch.inf
-            normaliser = wide.logsumexp(1, keepdim=True)
-            total += (normaliser - wide.gather(1, y)).sum()
+            log_probabilities = torch.log_softmax(wide, 1, out=wide)
+            total -= log_probabilities.gather(1, y).sum()
             if d_hidden is None and d_weight is None:
                 continue
-            d_logits = wide.sub_(normaliser).exp_()
+            d_logits = log_probabilities.exp_()
             d_logits.scatter_add_(1, y, d_logits.new_full((), -1.0).expand(y.shape))
             d_logits = d_logits.to(logits.dtype)
             if d_hidden is not None:
                 d_hidden[start : start + chunk] = d_logits @ weight
             if d_weight is not None:
-                d_weight += d_logits.T @ h
+                _add_product(d_weight, d_logits.T, h)
         ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight[:words])
         return total
 
@@ -79,6 +79,14 @@ class _SummedCrossEntropy(torch.autograd.Function):
             None if gradient is None else gradient * d_total.to(gradient.dtype) for gradient in ctx.saved_tensors
         )
         return d_hidden, d_weight, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b; in one pass unless the total is wider than the product (autocast)."""
+    if total.dtype == a.dtype == b.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
 
 
 def _layout(hidden: Tensor) -> tuple[int, int]:
