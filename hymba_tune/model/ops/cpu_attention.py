@@ -122,8 +122,8 @@ class _Attention(torch.autograd.Function):
 class _Heads:
     """The operands, keys and values as one matrix a key/value head: (Hkv, P + T, d) and (Hkv, P + T, dv).
 
-    oneDNN multiplies nothing but whole contiguous tensors (others are copied in every product), so a block copies its
-    queries and its range of keys and values once.
+    oneDNN, which multiplies 16-bit numbers, takes nothing but whole contiguous tensors (others are copied in every
+    product), so a block copies its queries, and its range of keys and values unless a slice will do.
     """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> None:
@@ -152,11 +152,11 @@ class _Heads:
             queries, keys, values = self._queries(block), self._seen(self.keys, block), self._seen(self.values, block)
             weights = self._weights(block, queries, keys)
             grad_rows = self._rows(grad_out, block)
-            self._accumulate(grad_values, block, weights.to(dtype).mT @ grad_rows)
+            self._accumulate(grad_values, block, weights.to(dtype).mT, grad_rows)
             grad_weights = (grad_rows @ values.mT).to(self.wide)
             # (grad_weights - sum(grad_weights * weights)) * weights
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, self.wide).to(dtype)
-            self._accumulate(grad_keys, block, grad_scores.mT @ queries)
+            self._accumulate(grad_keys, block, grad_scores.mT, queries)
             grad_q[block.start : block.stop] = self._by_token(grad_scores @ keys).mul_(self.scale)
         return grad_q, grad_keys, grad_values
 
@@ -183,11 +183,17 @@ class _Heads:
 
     def _seen(self, matrix: Tensor, block: Block) -> Tensor:
         """What a block scores of matrix (Hkv, P + T, x): the prefix, then its range of keys."""
-        return torch.cat(
-            [matrix[:, : self.prefix], matrix[:, self.prefix + block.first_key : self.prefix + block.stop]], 1
-        )
+        first, last = self.prefix + block.first_key, self.prefix + block.stop
+        if self.prefix < first:
+            return torch.cat([matrix[:, : self.prefix], matrix[:, first:last]], 1)
+        return matrix[:, :last] if matrix.dtype == self.wide else matrix[:, :last].contiguous()
 
-    def _accumulate(self, total: Tensor, block: Block, part: Tensor) -> None:
-        """Add what a block gives to the keys that it scores: the way back of _seen."""
-        total[:, : self.prefix] += part[:, : self.prefix]
-        total[:, self.prefix + block.first_key : self.prefix + block.stop] += part[:, self.prefix :]
+    def _accumulate(self, total: Tensor, block: Block, a: Tensor, b: Tensor) -> None:
+        """Add a @ b, what a block gives to the keys that it scores: the way back of _seen."""
+        first, last = self.prefix + block.first_key, self.prefix + block.stop
+        if self.prefix < first or a.dtype != total.dtype:
+            part = a @ b
+            total[:, : self.prefix] += part[:, : self.prefix]
+            total[:, first:last] += part[:, self.prefix :]
+        else:
+            total[:, :last].baddbmm_(a, b)
