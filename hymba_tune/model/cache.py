@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from hymba_tune.model import ops
 from hymba_tune.model.config import HymbaConfig
 from hymba_tune.model.precision import exact_products
 from hymba_tune.model.stream import Stream
@@ -177,6 +178,8 @@ class HymbaCache(Cache):
             (T, H, dv)
         """
         assert self.lengths is not None
+        if self._steps(stream):
+            return self._attend_step(layer, q, k, v, window)
         rows = _Rows.of(stream, self.lengths, self._cached_positions(layer))
         q_BLHd, k_BLHd, v_BLHd = stream.unflatten(q), stream.unflatten(k), stream.unflatten(v)
         with exact_products():
@@ -187,6 +190,19 @@ class HymbaCache(Cache):
                 for i in range(0, q_BLHd.shape[1], _QUERY_BLOCK)
             ]
         return stream.flatten(blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1))
+
+    def _steps(self, stream: Stream) -> bool:
+        """Whether a CPU's steps of decoding compute these tokens: one a row, and no gradients."""
+        once = stream.shape[1] == 1 and stream.real is None
+        return once and stream.rope_ids.device.type == "cpu" and not torch.is_grad_enabled()
+
+    def _attend_step(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """As attend, for one token a row."""
+        held = self.layers[layer]
+        tensors = (held.meta_k, held.meta_v, held.k, held.v, self.lengths)
+        with exact_products():
+            attended: Tensor = ops.steps(q.device).attention_step(q, k, v, *tensors, window)
+        return attended
 
     def _cached_positions(self, layer: int) -> Tensor:
         """(B, P): the position that lies in each slot, -1 in an empty one."""

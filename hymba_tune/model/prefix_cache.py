@@ -46,6 +46,10 @@ class PrefixCache(HymbaCache):
         prefix_v = torch.cat([held.meta_v, held.v[0, :, : self.slots].transpose(0, 1)])
         return ops.segment_attention(q, k, v, stream.cu_seqlens, prefix_k, prefix_v)
 
+    def _steps(self, stream: Stream) -> bool:
+        """No: a step wants every row's own cache."""
+        return False
+
     def states(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """The row's conv inputs and scan state, for each of the B rows."""
         held = super().states(layer)

@@ -69,15 +69,7 @@ class StaticHymbaCache(HymbaCache):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, stream: Stream, window: int | None) -> Tensor:
         """As HymbaCache.attend, for one token a row."""
         self.steps_in_place(stream)
-        held = self.layers[layer]
-        assert self.lengths is not None
-        assert held.meta_k is not None
-        assert held.meta_v is not None
-        assert held.k is not None
-        assert held.v is not None
-        step = ops.steps(q.device).attention_step
-        attended: Tensor = step(q, k, v, held.meta_k, held.meta_v, held.k, held.v, self.lengths, window)
-        return attended
+        return self._attend_step(layer, q, k, v, window)
 
     def append(self, stream: Stream, produced: dict[int, tuple[Tensor, Tensor]]) -> None:
         """Take in the K/V of one token a row, (B, Hkv, d) and (B, Hkv, dv)."""

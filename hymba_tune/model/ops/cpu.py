@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from hymba_tune.model.ops import cpu_library, cpu_scan, portable
+from types import ModuleType
+
+from hymba_tune.model.ops import cpu_library, cpu_scan, cpu_steps, portable, reference_steps
 from hymba_tune.model.ops.cpu_attention import segment_attention
-from hymba_tune.model.ops.reference import elementwise, steps
+from hymba_tune.model.ops.reference import elementwise
 
 __all__ = ["DEVICES", "available", "causal_conv1d", "elementwise", "segment_attention", "selective_scan", "steps"]
 
@@ -25,14 +27,19 @@ selective_scan = cpu_scan.selective_scan if _PROBLEM is None else portable.selec
 causal_conv1d = cpu_scan.causal_conv1d if _PROBLEM is None else portable.causal_conv1d
 
 
+def steps() -> ModuleType:
+    """See ops.steps."""
+    return cpu_steps if _PROBLEM is None else reference_steps
+
+
 def available(op: str) -> tuple[bool, str]:
     """Always; the reason names the technique."""
     if op == "segment_attention":
         return True, "matrix products over blocks of queries and the keys that they may see"
-    if op == "steps":
-        return True, "plain torch, one token a row"
     if op == "elementwise":
         return True, "torch, one operation after the other"
     if _PROBLEM is None:
         return True, f"C kernels compiled by {cpu_library.find_compiler()}"
+    if op == "steps":
+        return True, f"plain torch, one token a row: {_PROBLEM}"
     return True, f"torch in chunks, several times slower than the C kernels: {_PROBLEM}"

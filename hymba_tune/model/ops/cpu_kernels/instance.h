@@ -6,6 +6,8 @@
 
 #include "causal_conv1d.h"
 
+#include "steps.h"
+
 #undef VEC
 #undef INTS
 #undef LANES

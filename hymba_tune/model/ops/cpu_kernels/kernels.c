@@ -3,6 +3,7 @@
    Everything is a plain C function on raw pointers: no torch header, so that it compiles in seconds. Every sum
    over channels or tokens is taken in an order that depends on the shapes only, never on the number of threads. */
 
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>

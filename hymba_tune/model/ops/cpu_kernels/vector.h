@@ -92,6 +92,34 @@ INLINE REAL NAME(sum_lanes)(VEC v) {
     return parts[0];
 }
 
+/* Lane i of the result is lane i ^ distance of v. */
+INLINE VEC NAME(swap_lanes)(VEC v, INTS numbers, int distance) {
+#if defined(__clang__)
+    VEC swapped = v;
+    for (int i = 0; i < LANES; i++) swapped[i] = v[i ^ distance];
+    return swapped;
+#else
+    return __builtin_shuffle(v, numbers ^ distance);
+#endif
+}
+
+/* Lane i of the result is the sum over the lanes of parts[i], of which there are LANES; they are overwritten. */
+INLINE VEC NAME(sum_each)(VEC *parts) {
+    INTS numbers = {0};
+    for (int i = 0; i < LANES; i++) numbers[i] = i;
+#pragma GCC unroll 4
+    for (int width = LANES / 2; width; width /= 2) {
+        INTS upper = (numbers & width) != 0;
+#pragma GCC unroll 8
+        for (int i = 0; i < width; i++) {
+            VEC kept = NAME(select)(upper, parts[i + width], parts[i]);
+            VEC moved = NAME(select)(upper, parts[i], parts[i + width]);
+            parts[i] = kept + NAME(swap_lanes)(moved, numbers, width);
+        }
+    }
+    return parts[0];
+}
+
 INLINE VEC NAME(load)(const REAL *from, int lanes) {
     VEC v = {0};
     if (lanes == LANES) memcpy(&v, from, sizeof v);
