@@ -11,7 +11,6 @@ from hymba_tune.model.ops.reference import elementwise
 __all__ = ["DEVICES", "available", "causal_conv1d", "elementwise", "segment_attention", "selective_scan", "steps"]
 
 DEVICES = ("cpu",)
-META_FIRST: frozenset[str] = frozenset()
 
 
 def _compiler_problem() -> str | None:
@@ -25,6 +24,7 @@ def _compiler_problem() -> str | None:
 _PROBLEM = _compiler_problem()
 selective_scan = cpu_scan.selective_scan if _PROBLEM is None else portable.selective_scan
 causal_conv1d = cpu_scan.causal_conv1d if _PROBLEM is None else portable.causal_conv1d
+META_FIRST = frozenset({"causal_conv1d", "selective_scan"} if _PROBLEM is None else ())
 
 
 def steps() -> ModuleType:

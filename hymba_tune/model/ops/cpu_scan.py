@@ -1,7 +1,8 @@
 """Selective scan and causal conv on the CPU: autograd around the compiled kernels of cpu_kernels/.
 
-Signatures and shapes: reference.py. States go in and come out as (S, Dn, n) views of (S, n, Dn) memory, the layout that
-the kernels vectorise over; a state that is fed back therefore costs no copy.
+Signatures and shapes: reference.py; meta tokens as in meta_first.py. States go in and come out as (S, Dn, n) views of
+(S, n, Dn) memory, the layout that the kernels vectorise over; a state that is fed back therefore costs no copy. To the
+kernels meta tokens are a segment more, the first; the state that it leaves is the initial state of the others.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hymba_tune.model.ops import cpu_library
+from hymba_tune.model.ops import cpu_library, segments
 
 # Bytes of the widest vector: the kept states are padded to a multiple of that.
 VECTOR_BYTES = 64
@@ -27,15 +28,15 @@ def _structure(name: str, integers: str, fields: str) -> type[ctypes.Structure]:
 
 _Scan = _structure(
     "scan",
-    "threads segments channels states x_stride gate_stride dt_stride initial_stride",
-    "threads segments channels states cu_seqlens x gate x_stride gate_stride dt_stride"
+    "threads segments channels states meta x_stride gate_stride dt_stride initial_stride",
+    "threads segments channels states meta cu_seqlens x gate x_stride gate_stride dt_stride"
     " dt A B C D initial initial_stride checkpoints",
 )
 _ScanGradients = _structure("scan_gradients", "", "y final x gate dt A B C D initial")
 _Conv = _structure(
     "conv",
-    "threads segments channels taps x_stride initial_stride",
-    "threads segments channels taps cu_seqlens x x_stride weight bias initial initial_stride",
+    "threads segments channels taps meta x_stride initial_stride",
+    "threads segments channels taps meta cu_seqlens x x_stride weight bias initial initial_stride",
 )
 _ConvGradients = _structure("conv_gradients", "", "y final x weight bias initial")
 
@@ -50,22 +51,38 @@ def selective_scan(
     gate: Tensor,
     cu_seqlens: Tensor,
     initial_state: Tensor | None = None,
+    num_meta: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Compiled; see reference.selective_scan."""
+    """Compiled; see reference.selective_scan and meta_first.selective_scan.
+
+    Raises:
+        ValueError: an initial_state beside meta tokens.
+    """
+    segments.refuse_two_beginnings(num_meta, initial_state)
     io = _io_dtype(torch.promote_types(x.dtype, gate.dtype))
     wide = torch.promote_types(io, torch.float32)
     rates, B, C, D = A.to(wide).t().contiguous(), B.to(wide).contiguous(), C.to(wide).contiguous(), D.to(wide)
     dt, state = _rows(dt.to(wide)), _state_in(initial_state, wide)
     inputs = (_rows(x.to(io)), dt, rates, B, C, D.contiguous(), _rows(gate.to(io)), state)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    y, final = _SelectiveScan.apply(*inputs, cu_seqlens.long().contiguous(), keep)
+    y, final = _SelectiveScan.apply(*inputs, _boundaries(cu_seqlens, num_meta), num_meta > 0, keep)
     return y.to(x.dtype), final.transpose(1, 2)
 
 
 def causal_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor, initial_state: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    cu_seqlens: Tensor,
+    initial_state: Tensor | None = None,
+    num_meta: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Compiled; see reference.causal_conv1d."""
+    """Compiled; see reference.causal_conv1d and meta_first.causal_conv1d.
+
+    Raises:
+        ValueError: an initial_state beside meta tokens.
+    """
+    segments.refuse_two_beginnings(num_meta, initial_state)
     io = _io_dtype(x.dtype)
     wide = torch.promote_types(io, torch.float32)
     y, final = _CausalConv1d.apply(
@@ -73,7 +90,8 @@ def causal_conv1d(
         weight.to(wide).t().contiguous(),
         bias.to(wide).contiguous(),
         _state_in(initial_state, io),
-        cu_seqlens.long().contiguous(),
+        _boundaries(cu_seqlens, num_meta),
+        num_meta > 0,
     )
     return y.to(x.dtype), final.transpose(1, 2).to(x.dtype)
 
@@ -93,6 +111,7 @@ class _SelectiveScan(torch.autograd.Function):
         gate: Tensor,
         initial: Tensor | None,
         cu_seqlens: Tensor,
+        meta: bool,
         keep: bool,
     ) -> tuple[Tensor, Tensor]:
         tokens, channels = x.shape
@@ -100,10 +119,12 @@ class _SelectiveScan(torch.autograd.Function):
         chunk = ctypes.c_int64.in_dll(cpu_library.load(), "scan_chunk").value
         kept = dt.new_empty(tokens // chunk if keep else 0, len(rates), -(-channels // lanes) * lanes)
         y = x.new_empty(tokens, channels)
-        final = dt.new_empty(len(cu_seqlens) - 1, *rates.shape)
+        final = dt.new_empty(len(cu_seqlens) - 1 - meta, *rates.shape)
+        initial = dt.new_empty(1, *rates.shape) if meta else initial
         inputs = (x, dt, rates, B, C, D, gate, initial, cu_seqlens, kept)
-        _kernel("scan_forward", x)(ctypes.byref(_scan(*inputs)), _pointer(y), _pointer(final))
+        _kernel("scan_forward", x)(ctypes.byref(_scan(meta, *inputs)), _pointer(y), _pointer(final))
         ctx.save_for_backward(*inputs)
+        ctx.meta = meta
         return y, final
 
     @staticmethod
@@ -115,8 +136,8 @@ class _SelectiveScan(torch.autograd.Function):
         dx, ddt, drates, dB, dC, dD, dgate = grads
         dinitial = torch.zeros_like(inputs[7]) if ctx.needs_input_grad[7] else None
         pointers = map(_pointer, (dy, dfinal, dx, dgate, ddt, drates, dB, dC, dD, dinitial))
-        _kernel("scan_backward", dx)(ctypes.byref(_scan(*inputs)), ctypes.byref(_ScanGradients(*pointers)))
-        return (*grads, dinitial, None, None)
+        _kernel("scan_backward", dx)(ctypes.byref(_scan(ctx.meta, *inputs)), ctypes.byref(_ScanGradients(*pointers)))
+        return (*grads, dinitial, None, None, None)
 
 
 class _CausalConv1d(torch.autograd.Function):
@@ -124,13 +145,15 @@ class _CausalConv1d(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, initial: Tensor | None, cu_seqlens: Tensor
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, initial: Tensor | None, cu_seqlens: Tensor, meta: bool
     ) -> tuple[Tensor, Tensor]:
         y = x.new_empty(x.shape)
-        final = x.new_empty(len(cu_seqlens) - 1, *weight.shape)
+        final = x.new_empty(len(cu_seqlens) - 1 - meta, *weight.shape)
+        initial = x.new_empty(1, *weight.shape) if meta else initial
         inputs = (x, weight, bias, initial, cu_seqlens)
-        _kernel("conv_forward", x)(ctypes.byref(_conv(*inputs)), _pointer(y), _pointer(final))
+        _kernel("conv_forward", x)(ctypes.byref(_conv(meta, *inputs)), _pointer(y), _pointer(final))
         ctx.save_for_backward(*inputs)
+        ctx.meta = meta
         return y, final
 
     @staticmethod
@@ -142,11 +165,12 @@ class _CausalConv1d(torch.autograd.Function):
         dx, dweight, dbias = (torch.empty(t.shape, dtype=t.dtype) for t in (x, weight, bias))
         dinitial = torch.zeros(initial.shape, dtype=weight.dtype) if ctx.needs_input_grad[3] else None
         pointers = map(_pointer, (dy, dfinal, dx, dweight, dbias, dinitial))
-        _kernel("conv_backward", x)(ctypes.byref(_conv(*inputs)), ctypes.byref(_ConvGradients(*pointers)))
-        return dx, dweight, dbias, dinitial, None
+        _kernel("conv_backward", x)(ctypes.byref(_conv(ctx.meta, *inputs)), ctypes.byref(_ConvGradients(*pointers)))
+        return dx, dweight, dbias, dinitial, None, None
 
 
 def _scan(
+    meta: bool,
     x: Tensor,
     dt: Tensor,
     rates: Tensor,
@@ -159,15 +183,17 @@ def _scan(
     kept: Tensor,
 ) -> ctypes.Structure:
     states, channels = rates.shape
-    shape = (torch.get_num_threads(), len(cu_seqlens) - 1, channels, states)
+    shape = (torch.get_num_threads(), len(cu_seqlens) - 1, channels, states, meta)
     rows = (*map(_pointer, (cu_seqlens, x, gate)), x.stride(0), gate.stride(0), dt.stride(0))
     rest = (*map(_pointer, (dt, rates, B, C, D, initial)), _segment_stride(initial), _pointer(kept))
     return _Scan(*shape, *rows, *rest)
 
 
-def _conv(x: Tensor, weight: Tensor, bias: Tensor, initial: Tensor | None, cu_seqlens: Tensor) -> ctypes.Structure:
+def _conv(
+    meta: bool, x: Tensor, weight: Tensor, bias: Tensor, initial: Tensor | None, cu_seqlens: Tensor
+) -> ctypes.Structure:
     taps, channels = weight.shape
-    shape = (torch.get_num_threads(), len(cu_seqlens) - 1, channels, taps, _pointer(cu_seqlens))
+    shape = (torch.get_num_threads(), len(cu_seqlens) - 1, channels, taps, meta, _pointer(cu_seqlens))
     rest = (_pointer(x), x.stride(0), *map(_pointer, (weight, bias, initial)), _segment_stride(initial))
     return _Conv(*shape, *rest)
 
@@ -179,6 +205,14 @@ def _kernel(name: str, like: Tensor) -> Any:
 def _pointer(t: Tensor | None) -> ctypes.c_void_p:
     """NULL for None and for tensors without elements."""
     return ctypes.c_void_p(t.data_ptr() if t is not None and t.numel() else None)
+
+
+def _boundaries(cu_seqlens: Tensor, num_meta: int) -> Tensor:
+    """(S + 1,) -> the same without gaps, or with the meta tokens as one more segment in front."""
+    ends = segments.boundaries(cu_seqlens, cu_seqlens.device)
+    if not num_meta:
+        return ends
+    return segments.kept(ends, ("behind", num_meta), lambda: torch.cat([ends.new_zeros(1), ends + num_meta]))
 
 
 def _segment_stride(state: Tensor | None) -> int:

@@ -46,6 +46,12 @@ def boundaries(cu_seqlens: Tensor, device: torch.device) -> Tensor:
     return kept(cu_seqlens, ("boundaries", device), lambda: cu_seqlens.to(device, torch.long, copy=True).contiguous())
 
 
+def refuse_two_beginnings(num_meta: int, initial_state: Tensor | None) -> None:
+    """Raises ValueError for an initial state of documents that continue meta tokens."""
+    if num_meta and initial_state is not None:
+        raise ValueError("initial_state is what the num_meta tokens leave: it can't be given with them")
+
+
 def owners(cu_seqlens: Tensor, tokens: int) -> Owners:
     """Of tokens 0 to T - 1; cu_seqlens is int64 and contiguous."""
     return kept(cu_seqlens, ("owners", tokens), lambda: _owners(cu_seqlens, tokens))

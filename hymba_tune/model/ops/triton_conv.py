@@ -38,8 +38,7 @@ def causal_conv1d(
     counts over the T others, and each of their segments begins with the state that the first ones leave. Then there is
     no initial state to give. The final states are those of the others.
     """
-    if num_meta and initial_state is not None:
-        raise ValueError("initial_state is what the num_meta tokens leave: it can't be given with them")
+    segments.refuse_two_beginnings(num_meta, initial_state)
     state = None if initial_state is None else initial_state.to(x.dtype).contiguous()
     ends = segments.boundaries(cu_seqlens, x.device)
     runs = runs_of(ends, len(x), num_meta)

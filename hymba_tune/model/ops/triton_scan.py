@@ -67,8 +67,7 @@ def selective_scan(
     Raises:
         ValueError: an initial_state beside meta tokens.
     """
-    if num_meta and initial_state is not None:
-        raise ValueError("initial_state is what the num_meta tokens leave: it can't be given with them")
+    segments.refuse_two_beginnings(num_meta, initial_state)
     wide = torch.promote_types(x.dtype, torch.float32)
     state = None if initial_state is None else initial_state.to(wide)
     columns = torch.promote_types(B.dtype, C.dtype)

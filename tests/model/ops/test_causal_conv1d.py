@@ -1,12 +1,13 @@
 """Every backend of the causal conv against the reference, and the reference against the formula."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from hymba_tune.model.ops import cpu_scan, portable, reference
+from hymba_tune.model.ops import cpu_scan, meta_first, portable, reference
 from tests.model.ops.cases import DTYPES, SEGMENTS, assert_same_results, needs_compiler, offsets, results
 
 BACKENDS = [pytest.param(cpu_scan.causal_conv1d, marks=needs_compiler, id="cpu"), portable.causal_conv1d]
@@ -57,6 +58,22 @@ def test_outputs_and_gradients_are_the_reference_s(
 def test_any_number_of_channels_and_taps(op: Callable[..., tuple[Tensor, ...]], channels: int, taps: int) -> None:
     torch.manual_seed(1)
     check(op, [33, 2, 20], random_inputs(55, taps, channels, initial=3))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", SEGMENTS.values(), ids=SEGMENTS)
+@pytest.mark.parametrize("num_meta", [1, 2, 20])
+def test_with_meta_tokens_in_front_every_segment_continues_them(
+    num_meta: int, lengths: list[int], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(6)
+    inputs, ends = random_inputs(num_meta + sum(lengths), dtype=dtype), offsets(lengths)
+    upstream = upstream_of(inputs, len(lengths))
+    truth = partial(meta_first.causal_conv1d, reference.causal_conv1d, meta=num_meta)
+    known = {name: t for name, t in inputs.items() if name != "initial_state"}
+    expected = results(truth, known, ends, upstream)
+    assert_same_results(results(partial(cpu_scan.causal_conv1d, num_meta=num_meta), inputs, ends, upstream), expected)
 
 
 @pytest.mark.parametrize("op", BACKENDS)

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from hymba_tune.model.ops import cpu_scan, portable, reference
+from hymba_tune.model.ops import cpu_scan, meta_first, portable, reference
 from tests.model.ops.cases import (
     DTYPES,
     SEGMENTS,
@@ -72,6 +73,28 @@ def test_outputs_and_gradients_are_the_reference_s(
 def test_any_number_of_channels_and_states(op: Callable[..., tuple[Tensor, ...]], channels: int, states: int) -> None:
     torch.manual_seed(1)
     check(op, [33, 20], random_inputs(53, states, channels, initial=2))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", SEGMENTS.values(), ids=SEGMENTS)
+@pytest.mark.parametrize("num_meta", [1, 20])
+def test_with_meta_tokens_in_front_every_segment_continues_them(
+    num_meta: int, lengths: list[int], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(6)
+    inputs, ends = random_inputs(num_meta + sum(lengths), dtype=dtype), offsets(lengths)
+    upstream = upstream_of(inputs, len(lengths))
+    truth = partial(meta_first.selective_scan, reference.selective_scan, meta=num_meta)
+    known = {name: t for name, t in inputs.items() if name != "initial_state"}
+    expected = results(truth, known, ends, upstream)
+    assert_same_results(results(partial(cpu_scan.selective_scan, num_meta=num_meta), inputs, ends, upstream), expected)
+
+
+@needs_compiler
+def test_meta_tokens_and_an_initial_state_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="initial_state is what the num_meta tokens leave"):
+        cpu_scan.selective_scan(**random_inputs(5, initial=1), cu_seqlens=offsets([3]), num_meta=2)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("op", BACKENDS)

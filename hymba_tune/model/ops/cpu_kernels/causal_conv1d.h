@@ -2,18 +2,19 @@
 
    A segment's history h is its initial state followed by its inputs: h[0 .. K-1] = initial, h[K + i] = x[start + i], so
    that output i reads h[i + 1 .. i + K] and the final state is the last K of h. The last K rows of h (and of its
-   gradient) are kept in a ring: row j in slot j % K.
+   gradient) are kept in a ring: row j in slot j % K. Where there are meta tokens, they are segment 0, which starts from
+   zeros and leaves its state in `initial`, where every other segment starts.
 
-   Shapes, row-major: x, y (T, channels), initial, final (S, K, channels), all IO; weight (K, channels), bias
+   Shapes, row-major: x, y (T, channels), initial, final (segments without meta tokens, K, channels), all IO; weight (K, channels), bias
    (channels). In a group, a row is `blocks` vectors, a ring K rows. */
 
 typedef struct {
-    int64_t threads, segments, channels, taps;
+    int64_t threads, segments, channels, taps, meta; /* meta: 1 if segment 0 is the meta tokens, else 0 */
     const int64_t *cu_seqlens;
     const IO *x;
     int64_t x_stride;
     const REAL *weight, *bias;
-    const IO *initial; /* or NULL: zeros */
+    IO *initial; /* or NULL: zeros */
     int64_t initial_stride; /* 0: one state shared by all segments */
 } NAME(conv);
 
@@ -44,7 +45,7 @@ INLINE void NAME(store_row)(REAL *to, const VEC *from, int blocks, int64_t chann
 }
 
 INLINE void NAME(start_ring)(const NAME(conv) *in, int64_t s, int64_t first, int taps, int blocks, VEC *ring) {
-    if (!in->initial) memset(ring, 0, taps * blocks * sizeof(VEC));
+    if (!in->initial || s < in->meta) memset(ring, 0, taps * blocks * sizeof(VEC));
     else NAME(load_rows)(ring, in->initial + s * in->initial_stride, taps, blocks, in->channels, first);
 }
 
@@ -76,10 +77,11 @@ INLINE void NAME(conv_forward_group)(const NAME(conv) *in, int64_t first, int ta
                 NAME(store_io)(y + (start + i) * channels + channel, silu, NAME(lanes)(channels, channel));
             }
         }
+        IO *end_state = s < in->meta ? in->initial : final + (s - in->meta) * taps * channels;
         for (int k = 0; k < taps; k++)
             for (int b = 0; b < blocks; b++) {
                 int64_t channel = first + b * LANES;
-                NAME(store_io)(final + (s * taps + k) * channels + channel, ring[(length + k) % taps * blocks + b],
+                NAME(store_io)(end_state + k * channels + channel, ring[(length + k) % taps * blocks + b],
                                NAME(lanes)(channels, channel));
             }
     }
@@ -109,10 +111,11 @@ INLINE void NAME(conv_flush)(const NAME(conv) *in, const NAME(conv_gradients) *g
         int64_t channel = w->first + b * LANES;
         int lanes = NAME(lanes)(in->channels, channel);
         VEC row = w->dring[j % taps * w->blocks + b];
-        if (grad->final && j >= length)
-            row += NAME(load_io)(grad->final + (s * taps + j - length) * in->channels + channel, lanes);
+        if (s < in->meta && j >= length) row += w->dinitial[(j - length) * w->blocks + b];
+        else if (grad->final && j >= length)
+            row += NAME(load_io)(grad->final + ((s - in->meta) * taps + j - length) * in->channels + channel, lanes);
         if (j >= taps) NAME(store_io)(grad->x + (start + j - taps) * in->channels + channel, row, lanes);
-        else w->dinitial[j * w->blocks + b] += row;
+        else if (s >= in->meta) w->dinitial[j * w->blocks + b] += row;
     }
 }
 
@@ -137,7 +140,8 @@ INLINE void NAME(conv_backward_token)(const NAME(conv) *in, const NAME(conv_grad
     }
 }
 
-/* Segments that share the initial state add to `dinitial`, which is written after the last. */
+/* Segments that share the initial state add to `dinitial`, which is written after the first of them, the last to come
+   here, or read by the meta tokens. */
 INLINE void NAME(conv_backward_segment)(const NAME(conv) *in, const NAME(conv_gradients) *grad, int64_t s, int taps,
                                         NAME(conv_workspace) *w) {
     int64_t start = in->cu_seqlens[s], length = in->cu_seqlens[s + 1] - start;
@@ -150,7 +154,7 @@ INLINE void NAME(conv_backward_segment)(const NAME(conv) *in, const NAME(conv_gr
         NAME(conv_flush)(in, grad, s, i + 1, taps, w);
     }
     for (int64_t j = length + 1; j < length + taps; j++) NAME(conv_flush)(in, grad, s, j, taps, w);
-    if (!grad->initial || !(in->initial_stride || s == in->segments - 1)) return;
+    if (!grad->initial || !(in->initial_stride || s == 0)) return;
     for (int k = 0; k < taps; k++)
         NAME(store_row)(grad->initial + s * in->initial_stride + k * in->channels, w->dinitial + k * w->blocks,
                         w->blocks, in->channels, w->first);
@@ -170,7 +174,7 @@ INLINE void NAME(conv_backward_group)(const NAME(conv) *in, const NAME(conv_grad
     for (int k = 0; k < taps; k++)
         NAME(load_row)(w->weight + k * blocks, in->weight + k * channels, blocks, channels, first);
     NAME(load_row)(w->bias, in->bias, blocks, channels, first);
-    for (int64_t s = 0; s < in->segments; s++) NAME(conv_backward_segment)(in, grad, s, taps, w);
+    for (int64_t s = in->segments - 1; s >= 0; s--) NAME(conv_backward_segment)(in, grad, s, taps, w);
     for (int k = 0; k < taps; k++)
         NAME(store_row)(grad->weight + k * channels, w->dweight + k * blocks, blocks, channels, first);
     NAME(store_row)(grad->bias, w->dbias, blocks, channels, first);

@@ -3,22 +3,23 @@
    Work is cut into groups of channels, which share nothing but the sums over channels in the gradients of B and C; each
    group goes through the segments in order. In a segment time is cut into chunks of SCAN_CHUNK tokens: the forward
    keeps the states at chunk starts (not of a segment's first: that's its initial state), and the backward recomputes
-   a chunk's states and decays from there, which then fit into the cache.
+   a chunk's states and decays from there, which then fit into the cache. Where there are meta tokens, they are segment
+   0, which starts from zeros and leaves its state in `initial`, where every other segment starts.
 
    Shapes, row-major: x, gate, y (T, channels) IO, dt (T, channels), A (states, channels), B, C (T, states), D
-   (channels), initial, final (S, states, channels). Rows may be slices of wider rows where a stride is given. Rates are
+   (channels), initial, final (segments without meta tokens, states, channels). Rows may be slices of wider rows where a stride is given. Rates are
    A * log2(e).
    In a group, arrays of vectors are (blocks, states), and of a chunk (tokens, states). */
 
 #define PADDING 9 /* vectors between arrays, lest equal indices compete for the same cache sets */
 
 typedef struct {
-    int64_t threads, segments, channels, states;
+    int64_t threads, segments, channels, states, meta; /* meta: 1 if segment 0 is the meta tokens, else 0 */
     const int64_t *cu_seqlens;
     const IO *x, *gate;
     int64_t x_stride, gate_stride, dt_stride;
     const REAL *dt, *A, *B, *C, *D;
-    const REAL *initial; /* or NULL: zeros */
+    REAL *initial; /* or NULL: zeros */
     int64_t initial_stride; /* 0: one state shared by all segments */
     VEC *checkpoints; /* (T / SCAN_CHUNK, blocks of all channels, states), or NULL where no gradient is wanted */
 } NAME(scan);
@@ -56,7 +57,7 @@ INLINE void NAME(load_rates)(VEC *rates, const NAME(scan) *in, int states, int64
 }
 
 INLINE const REAL *NAME(initial)(const NAME(scan) *in, int64_t s) {
-    return in->initial ? in->initial + s * in->initial_stride : NULL;
+    return in->initial && s >= in->meta ? in->initial + s * in->initial_stride : NULL;
 }
 
 /* Where the state before chunk `c` >= 1 of the segment that starts at token `start` is kept. */
@@ -105,7 +106,8 @@ INLINE void NAME(scan_forward_group)(const NAME(scan) *in, int64_t first, int st
                 NAME(scan_forward_block)(in, t, (int)MIN(SCAN_CHUNK, end - t), channel, states, rates + b * states,
                                          state + b * states, y);
             }
-        NAME(store_states)(final + s * states * in->channels, state, states, in->channels, first, blocks);
+        REAL *end_state = s < in->meta ? in->initial : final + (s - in->meta) * states * in->channels;
+        NAME(store_states)(end_state, state, states, in->channels, first, blocks);
     }
     free(rates);
 }
@@ -228,16 +230,20 @@ INLINE void NAME(scan_backward_chunk)(const NAME(scan) *in, const NAME(scan_grad
     }
 }
 
-/* The state's gradient comes from `final` at the segment's end and goes to `initial`, summed where that is shared. */
+/* The state's gradient comes from `final` at the segment's end and goes to `initial`, summed where that is shared; at the
+   end of the meta tokens it is that sum. */
 INLINE void NAME(scan_backward_segment)(const NAME(scan) *in, const NAME(scan_gradients) *grad, int64_t s, int states,
                                         NAME(scan_workspace) *w) {
-    int64_t offset = s * states * in->channels;
-    NAME(load_states)(w->dstate, grad->final ? grad->final + offset : NULL, states, in->channels, w->first, w->blocks);
+    int64_t state = states * in->channels;
+    if (s < in->meta) memcpy(w->dstate, w->dinitial, w->blocks * states * sizeof(VEC));
+    else
+        NAME(load_states)(w->dstate, grad->final ? grad->final + (s - in->meta) * state : NULL, states, in->channels,
+                          w->first, w->blocks);
     int64_t chunks = (in->cu_seqlens[s + 1] - in->cu_seqlens[s] + SCAN_CHUNK - 1) / SCAN_CHUNK;
     for (int64_t c = chunks - 1; c >= 0; c--) NAME(scan_backward_chunk)(in, grad, s, c, states, w);
     for (int i = 0; i < w->blocks * states; i++) w->dinitial[i] += w->dstate[i];
     if (grad->initial && in->initial_stride)
-        NAME(store_states)(grad->initial + offset, w->dstate, states, in->channels, w->first, w->blocks);
+        NAME(store_states)(grad->initial + s * state, w->dstate, states, in->channels, w->first, w->blocks);
 }
 
 INLINE void NAME(scan_backward_group)(const NAME(scan) *in, const NAME(scan_gradients) *grad, int64_t first, int states,
@@ -255,7 +261,7 @@ INLINE void NAME(scan_backward_group)(const NAME(scan) *in, const NAME(scan_grad
     w->dC = w->dB + inside;
     memset(w->dA, 0, 2 * across * sizeof(VEC));
     NAME(load_rates)(w->rates, in, states, first, w->blocks);
-    for (int64_t s = 0; s < in->segments; s++) NAME(scan_backward_segment)(in, grad, s, states, w);
+    for (int64_t s = in->segments - 1; s >= 0; s--) NAME(scan_backward_segment)(in, grad, s, states, w);
     NAME(store_states)(grad->A, w->dA, states, in->channels, first, w->blocks);
     if (grad->initial && !in->initial_stride)
         NAME(store_states)(grad->initial, w->dinitial, states, in->channels, first, w->blocks);
