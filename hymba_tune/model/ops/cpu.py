@@ -1,12 +1,11 @@
-"""The CPU backend: compiled scan and conv (torch alone without a compiler), attention in blocks of queries."""
+"""The CPU backend: compiled kernels (torch alone without a compiler), attention in blocks of queries."""
 
 from __future__ import annotations
 
 from types import ModuleType
 
-from hymba_tune.model.ops import cpu_library, cpu_scan, cpu_steps, portable, reference_steps
+from hymba_tune.model.ops import cpu_elementwise, cpu_library, cpu_scan, cpu_steps, portable, reference_steps
 from hymba_tune.model.ops.cpu_attention import segment_attention
-from hymba_tune.model.ops.reference import elementwise
 
 __all__ = ["DEVICES", "available", "causal_conv1d", "elementwise", "segment_attention", "selective_scan", "steps"]
 
@@ -32,14 +31,19 @@ def steps() -> ModuleType:
     return cpu_steps if _PROBLEM is None else reference_steps
 
 
+def elementwise() -> ModuleType | None:
+    """See ops.elementwise."""
+    return cpu_elementwise if _PROBLEM is None else None
+
+
 def available(op: str) -> tuple[bool, str]:
     """Always; the reason names the technique."""
     if op == "segment_attention":
         return True, "matrix products over blocks of queries and the keys that they may see"
-    if op == "elementwise":
-        return True, "torch, one operation after the other"
     if _PROBLEM is None:
         return True, f"C kernels compiled by {cpu_library.find_compiler()}"
+    if op == "elementwise":
+        return True, f"torch, one operation after the other: {_PROBLEM}"
     if op == "steps":
         return True, f"plain torch, one token a row: {_PROBLEM}"
     return True, f"torch in chunks, several times slower than the C kernels: {_PROBLEM}"

@@ -15,6 +15,9 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
+
+import torch
 
 SOURCES = Path(__file__).parent / "cpu_kernels"
 COMPILERS = ("cc", "gcc", "clang")
@@ -42,6 +45,16 @@ def load() -> ctypes.CDLL:
         except (OSError, subprocess.CalledProcessError) as error:
             reason = reason or _summary(error)
     raise KernelsUnavailable(f"{compiler} could not build the kernels: {reason}")
+
+
+def kernel(name: str, dtype: torch.dtype) -> Any:
+    """The C function's instance for one of the dtypes that `io_dtype` gives."""
+    return getattr(load(), f"{name}_{str(dtype).removeprefix('torch.')}")
+
+
+def io_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the kernels read and write: float16 has no instance and goes through float32."""
+    return dtype if dtype in (torch.float32, torch.float64, torch.bfloat16) else torch.float32
 
 
 def find_compiler() -> str | None:

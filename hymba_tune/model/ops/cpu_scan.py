@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hymba_tune.model.ops import cpu_library, segments
+from hymba_tune.model.ops.cpu_library import io_dtype, kernel
 
 # Bytes of the widest vector: the kept states are padded to a multiple of that.
 VECTOR_BYTES = 64
@@ -59,7 +60,7 @@ def selective_scan(
         ValueError: an initial_state beside meta tokens.
     """
     segments.refuse_two_beginnings(num_meta, initial_state)
-    io = _io_dtype(torch.promote_types(x.dtype, gate.dtype))
+    io = io_dtype(torch.promote_types(x.dtype, gate.dtype))
     wide = torch.promote_types(io, torch.float32)
     rates, B, C, D = A.to(wide).t().contiguous(), B.to(wide).contiguous(), C.to(wide).contiguous(), D.to(wide)
     dt, state = _rows(dt.to(wide)), _state_in(initial_state, wide)
@@ -83,7 +84,7 @@ def causal_conv1d(
         ValueError: an initial_state beside meta tokens.
     """
     segments.refuse_two_beginnings(num_meta, initial_state)
-    io = _io_dtype(x.dtype)
+    io = io_dtype(x.dtype)
     wide = torch.promote_types(io, torch.float32)
     y, final = _CausalConv1d.apply(
         _rows(x.to(io)),
@@ -122,7 +123,7 @@ class _SelectiveScan(torch.autograd.Function):
         final = dt.new_empty(len(cu_seqlens) - 1 - meta, *rates.shape)
         initial = dt.new_empty(1, *rates.shape) if meta else initial
         inputs = (x, dt, rates, B, C, D, gate, initial, cu_seqlens, kept)
-        _kernel("scan_forward", x)(ctypes.byref(_scan(meta, *inputs)), _pointer(y), _pointer(final))
+        kernel("scan_forward", x.dtype)(ctypes.byref(_scan(meta, *inputs)), _pointer(y), _pointer(final))
         ctx.save_for_backward(*inputs)
         ctx.meta = meta
         return y, final
@@ -136,7 +137,7 @@ class _SelectiveScan(torch.autograd.Function):
         dx, ddt, drates, dB, dC, dD, dgate = grads
         dinitial = torch.zeros_like(inputs[7]) if ctx.needs_input_grad[7] else None
         pointers = map(_pointer, (dy, dfinal, dx, dgate, ddt, drates, dB, dC, dD, dinitial))
-        _kernel("scan_backward", dx)(ctypes.byref(_scan(ctx.meta, *inputs)), ctypes.byref(_ScanGradients(*pointers)))
+        kernel("scan_backward", dx.dtype)(ctypes.byref(_scan(ctx.meta, *inputs)), ctypes.byref(_ScanGradients(*pointers)))
         return (*grads, dinitial, None, None, None)
 
 
@@ -151,7 +152,7 @@ class _CausalConv1d(torch.autograd.Function):
         final = x.new_empty(len(cu_seqlens) - 1 - meta, *weight.shape)
         initial = x.new_empty(1, *weight.shape) if meta else initial
         inputs = (x, weight, bias, initial, cu_seqlens)
-        _kernel("conv_forward", x)(ctypes.byref(_conv(meta, *inputs)), _pointer(y), _pointer(final))
+        kernel("conv_forward", x.dtype)(ctypes.byref(_conv(meta, *inputs)), _pointer(y), _pointer(final))
         ctx.save_for_backward(*inputs)
         ctx.meta = meta
         return y, final
@@ -165,7 +166,7 @@ class _CausalConv1d(torch.autograd.Function):
         dx, dweight, dbias = (torch.empty(t.shape, dtype=t.dtype) for t in (x, weight, bias))
         dinitial = torch.zeros(initial.shape, dtype=weight.dtype) if ctx.needs_input_grad[3] else None
         pointers = map(_pointer, (dy, dfinal, dx, dweight, dbias, dinitial))
-        _kernel("conv_backward", x)(ctypes.byref(_conv(ctx.meta, *inputs)), ctypes.byref(_ConvGradients(*pointers)))
+        kernel("conv_backward", x.dtype)(ctypes.byref(_conv(ctx.meta, *inputs)), ctypes.byref(_ConvGradients(*pointers)))
         return dx, dweight, dbias, dinitial, None, None
 
 
@@ -198,10 +199,6 @@ def _conv(
     return _Conv(*shape, *rest)
 
 
-def _kernel(name: str, like: Tensor) -> Any:
-    return getattr(cpu_library.load(), f"{name}_{str(like.dtype).removeprefix('torch.')}")
-
-
 def _pointer(t: Tensor | None) -> ctypes.c_void_p:
     """NULL for None and for tensors without elements."""
     return ctypes.c_void_p(t.data_ptr() if t is not None and t.numel() else None)
@@ -218,11 +215,6 @@ def _boundaries(cu_seqlens: Tensor, num_meta: int) -> Tensor:
 def _segment_stride(state: Tensor | None) -> int:
     """0 for a state that all segments share."""
     return 0 if state is None or len(state) == 1 else state.stride(0)
-
-
-def _io_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the kernels read and write: float16 has no instance and goes through float32."""
-    return dtype if dtype in (torch.float32, torch.float64, torch.bfloat16) else torch.float32
 
 
 def _rows(t: Tensor) -> Tensor:

@@ -51,6 +51,5 @@ def attention_step(
     scale = size**-0.5 * math.log2(math.e)
     pointers = (t.data_ptr() for t in (*inputs, out))
     step = _Step(torch.get_num_threads(), *sizes, seen, scale, *pointers)
-    name = f"attention_step_{str(q.dtype).removeprefix('torch.')}"
-    getattr(cpu_library.load(), name)(ctypes.byref(step))
+    cpu_library.kernel("attention_step", q.dtype)(ctypes.byref(step))
     return out

@@ -29,6 +29,8 @@ def assert_torch_takes_over(reason: str) -> None:
     assert available
     assert "torch in chunks" in explanation
     assert reason in explanation
+    assert cpu.elementwise() is None
+    assert cpu.available("elementwise")[1].startswith("torch, one operation after the other: ")
 
 
 def test_without_a_compiler_torch_takes_over_and_says_so(fresh_start: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,122 +1,31 @@
 """Triton's norms, RoPE and SwiGLU: in Triton's interpreter they are the model's formulas; they compile for absent GPUs.
 
-The interpreter is chosen when Triton is imported, so these tests run in a process of their own. The truth is the
-model's formula in float64, rounded once.
+The interpreter is chosen when Triton is imported, so these tests run in a process of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import ModuleType
-from typing import NamedTuple
-
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from hymba_tune.model import modeling, norm, ops
-from tests.model.ops.cases import DTYPES, assert_same_results, wide
+from tests.model.ops.elementwise_cases import check_all
 from tests.model.ops.test_triton_scan import GPU, run
 
 pytest.importorskip("triton", reason="triton is not installed: the dev extra brings it")
-
-EPS = 1e-6
-# Elements between the rows of an input, and before the first.
-GAP = 3
-
-
-class Case(NamedTuple):
-    """An operation of a module of kernels and the model's formula, on the same inputs by name."""
-
-    kernel: Callable[..., Tensor]
-    formula: Callable[..., Tensor]
-    inputs: dict[str, Tensor]
-
-
-def rows(tokens: int, size: int, dtype: torch.dtype) -> Tensor:
-    """Rows of 1 to 20 in size, with gaps between."""
-    return (torch.randn(tokens, size + GAP) * torch.linspace(1, 20, tokens)[:, None]).to(dtype)[:, GAP:]
-
-
-def norms(kernels: ModuleType, tokens: int, size: int, dtype: torch.dtype, of_weight: torch.dtype) -> list[Case]:
-    def one(x: Tensor, weight: Tensor) -> Tensor:
-        return norm._RMSNorm.apply(x, weight, EPS)
-
-    def two(a: Tensor, weight_a: Tensor, b: Tensor, weight_b: Tensor) -> Tensor:
-        return (one(a, weight_a) + one(b, weight_b)) / 2
-
-    x, b = rows(tokens, size, dtype), rows(tokens, size, dtype)
-    weight, weight_b = (1 + torch.rand(size)).to(of_weight), torch.randn(size).to(of_weight)
-    return [
-        Case(lambda **t: kernels.rms_norm(**t, eps=EPS), one, {"x": x, "weight": weight}),
-        Case(
-            lambda **t: kernels.mean_of_norms(**t, eps=EPS),
-            two,
-            {"a": x, "weight_a": weight, "b": b, "weight_b": weight_b},
-        ),
-    ]
-
-
-def pointwise(kernels: ModuleType, tokens: int, heads: int, size: int, dtype: torch.dtype) -> list[Case]:
-    angles = (torch.rand(tokens, 1, size // 2, dtype=wide(dtype)) * 100).repeat(1, 1, 2)
-    cos, sin = angles.cos(), angles.sin()
-
-    def rotate(x: Tensor) -> Tensor:
-        with ops.use_backend("reference"):
-            return modeling._rotate(x, (cos.to(x), sin.to(x)))
-
-    x = rows(tokens, heads * size, dtype)
-    gate, up = rows(tokens, heads * size, dtype), rows(tokens, heads * size, dtype)
-    return [
-        Case(
-            lambda x: kernels.rotate(x, cos.to(x.device), sin.to(x.device)),
-            rotate,
-            {"x": x.unflatten(-1, (heads, size))},
-        ),
-        Case(kernels.swiglu, lambda gate, up: F.silu(gate) * up, {"gate": gate, "up": up}),
-    ]
-
-
-def check(case: Case, device: str = "cpu") -> None:
-    """Values and every gradient; twice, which gives the same bits."""
-    inputs = {name: t.to(device).detach().requires_grad_() for name, t in case.inputs.items()}
-    y = case.kernel(**inputs)
-    upstream = torch.randn(y.shape, device=device).to(y.dtype)
-    found = computed(case.kernel, inputs, upstream)
-    exact = {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
-    expected = computed(case.formula, exact, upstream.double())
-    assert_same_results(found, {name: t.to(found[name].dtype) for name, t in expected.items()})
-    assert all(found[f"d {name}"].dtype == t.dtype for name, t in inputs.items())
-    assert all(torch.equal(t, found[name]) for name, t in computed(case.kernel, inputs, upstream).items())
-
-
-def computed(op: Callable[..., Tensor], inputs: dict[str, Tensor], upstream: Tensor) -> dict[str, Tensor]:
-    y = op(**inputs)
-    gradients = torch.autograd.grad(y, list(inputs.values()), upstream)
-    return {"output": y.detach()} | {f"d {name}": g for name, g in zip(inputs, gradients, strict=True)}
-
-
-def check_all(kernels: ModuleType, tokens: int, size: int, device: str = "cpu") -> None:
-    for dtype in DTYPES:
-        cases = [case for of_weight in {dtype, wide(dtype)} for case in norms(kernels, tokens, size, dtype, of_weight)]
-        for case in cases + pointwise(kernels, tokens, 3, 2 * size, dtype):
-            check(case, device)
-
 
 IN_THE_INTERPRETER = """
 import torch
 from hymba_tune.model import ops
 from hymba_tune.model.norm import RMSNorm
 from hymba_tune.model.ops import triton_elementwise
-from tests.model.ops import test_triton_elementwise as tests
+from tests.model.ops.elementwise_cases import check_all
 
 torch.use_deterministic_algorithms(True)  # fresh memory is full of NaN
 torch.manual_seed(0)
 # Few programs, so that each has several groups of rows; narrow rows in groups, wide ones alone.
 triton_elementwise.PROGRAMS, triton_elementwise.ELEMENTS = 2, 32
 for tokens, size in ((0, 5), (1, 20), (7, 16), (5, 100)):
-    tests.check_all(triton_elementwise, tokens, size)
+    check_all(triton_elementwise, tokens, size)
 norm, x = RMSNorm(20, 1e-6), torch.randn(2, 3, 20)
 with ops.use_backend("triton"):
     y = norm(x)

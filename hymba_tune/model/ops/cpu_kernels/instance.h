@@ -8,6 +8,8 @@
 
 #include "steps.h"
 
+#include "elementwise.h"
+
 #undef VEC
 #undef INTS
 #undef LANES
