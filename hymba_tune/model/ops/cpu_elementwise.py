@@ -64,6 +64,7 @@ class _MeanOfNorms(torch.autograd.Function):
 
     @staticmethod
     def compute(a: Tensor, weight_a: Tensor, b: Tensor | None, weight_b: Tensor | None, eps: float) -> Tensor:
+        _fits(b is None or a.shape == b.shape, a, b)
         y = _empty(a)
         _call("norms", a, *a.shape, eps, *_norm(a, weight_a), *_norm(b, weight_b), y.data_ptr())
         return y
@@ -92,8 +93,9 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def compute(x: Tensor, cos: Tensor, sin: Tensor, sign: int = 1) -> Tensor:
-        y = _empty(x)
         tokens, heads, size = x.shape
+        _fits(size % 2 == 0 and cos.numel() == sin.numel() == tokens * size, x, cos, sin)
+        y = _empty(x)
         strides, table = x.stride(), (cos.data_ptr(), sin.data_ptr())
         _call("rotate", x, tokens, heads, size // 2, x.data_ptr(), strides[0], strides[1], *table, sign, y.data_ptr())
         return y
@@ -115,6 +117,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def compute(gate: Tensor, up: Tensor) -> Tensor:
+        _fits(gate.shape == up.shape, gate, up)
         y = _empty(gate)
         _call("swiglu", gate, gate.numel(), gate.data_ptr(), up.data_ptr(), y.data_ptr())
         return y
@@ -141,7 +144,17 @@ def _apply(function: Any, *inputs: Any) -> Tensor:
 
 
 def _norm(x: Tensor | None, weight: Tensor | None) -> tuple[int | None, int, int | None]:
-    return (None, 0, None) if x is None or weight is None else (x.data_ptr(), x.stride(0), weight.data_ptr())
+    """A norm's x, the elements between its rows, and weight for the C function."""
+    if x is None or weight is None:
+        return None, 0, None
+    _fits(weight.numel() == x.shape[1], x, weight)
+    return x.data_ptr(), x.stride(0), weight.data_ptr()
+
+
+def _fits(so: bool, *tensors: Tensor | None) -> None:
+    """C reads what the pointers point at, whatever the shapes: they are held against each other before."""
+    if not so:
+        raise ValueError(f"shapes do not fit: {', '.join(str(tuple(t.shape)) for t in tensors if t is not None)}")
 
 
 def _call(name: str, like: Tensor, *arguments: float | None) -> None:

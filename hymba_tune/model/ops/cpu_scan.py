@@ -137,7 +137,9 @@ class _SelectiveScan(torch.autograd.Function):
         dx, ddt, drates, dB, dC, dD, dgate = grads
         dinitial = torch.zeros_like(inputs[7]) if ctx.needs_input_grad[7] else None
         pointers = map(_pointer, (dy, dfinal, dx, dgate, ddt, drates, dB, dC, dD, dinitial))
-        kernel("scan_backward", dx.dtype)(ctypes.byref(_scan(ctx.meta, *inputs)), ctypes.byref(_ScanGradients(*pointers)))
+        kernel("scan_backward", dx.dtype)(
+            ctypes.byref(_scan(ctx.meta, *inputs)), ctypes.byref(_ScanGradients(*pointers))
+        )
         return (*grads, dinitial, None, None, None)
 
 
@@ -166,7 +168,9 @@ class _CausalConv1d(torch.autograd.Function):
         dx, dweight, dbias = (torch.empty(t.shape, dtype=t.dtype) for t in (x, weight, bias))
         dinitial = torch.zeros(initial.shape, dtype=weight.dtype) if ctx.needs_input_grad[3] else None
         pointers = map(_pointer, (dy, dfinal, dx, dweight, dbias, dinitial))
-        kernel("conv_backward", x.dtype)(ctypes.byref(_conv(ctx.meta, *inputs)), ctypes.byref(_ConvGradients(*pointers)))
+        kernel("conv_backward", x.dtype)(
+            ctypes.byref(_conv(ctx.meta, *inputs)), ctypes.byref(_ConvGradients(*pointers))
+        )
         return dx, dweight, dbias, dinitial, None, None
 
 

@@ -168,6 +168,19 @@ def test_a_frozen_weight_costs_no_gradient(monkeypatch: pytest.MonkeyPatch) -> N
     assert trained.grad is not None
 
 
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    x, weight, table = torch.randn(3, 20), torch.ones(20), torch.zeros(3, 1, 20)
+    kernels, problem = cpu_elementwise, "shapes do not fit"
+    with pytest.raises(ValueError, match=problem + r": \(3, 20\), \(0,\)"):
+        kernels.rms_norm(x, weight[:0], EPS)
+    with pytest.raises(ValueError, match=problem):
+        kernels.mean_of_norms(x, weight, x[:2], weight, EPS)
+    with pytest.raises(ValueError, match=problem):
+        kernels.rotate(x[:, None], table[:2], table)
+    with pytest.raises(ValueError, match=problem):
+        kernels.swiglu(x, x[:, :1])
+
+
 def test_the_model_trains_with_them_also_under_checkpointing_and_autocast(plain: Callable[[], None]) -> None:
     assert ops.elementwise(torch.device("cpu")) is cpu_elementwise
     model, ids = random_model(tiny_config()).train(), random_ids(2, 9)
