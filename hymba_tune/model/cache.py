@@ -10,7 +10,7 @@ features of a key/value head, Dn channels, N state size, K conv width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -48,10 +48,13 @@ class LayerCache:
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def select_rows(self, rows: Tensor) -> None:
+        def selected(held: Sequence[Tensor]) -> Tensor:
+            return held[0].index_select(0, rows.to(held[0].device))
+
         for name in ("k", "v", "conv", "ssm"):
             value = getattr(self, name)
             if value is not None:
-                setattr(self, name, value.index_select(0, rows.to(value.device)))
+                setattr(self, name, _in_order([value], selected))
 
 
 @dataclass
@@ -103,20 +106,35 @@ class HymbaCache(Cache):
             layer.meta_k, layer.meta_v = held[0].meta_k, held[0].meta_v
             for name in ("k", "v", "conv", "ssm"):
                 values = [value for one in held if (value := getattr(one, name)) is not None]
-                setattr(layer, name, _stacked(values) if values else None)
+                setattr(layer, name, _in_order(values, _stacked) if values else None)
         return new
 
     def append(self, stream: Stream, produced: dict[int, tuple[Tensor, Tensor]]) -> None:
         """Take in the K/V that each producer computed over the stream: (num_meta + T, Hkv, d) and (.., dv)."""
+        if self.steps_in_place(stream):
+            self._append_step(produced)
+        else:
+            self._append_rows(stream, produced)
+        self.slots += stream.shape[1]
+
+    def _append_step(self, produced: dict[int, tuple[Tensor, Tensor]]) -> None:
+        """One token a row."""
+        assert self.lengths is not None
+        step, longest = ops.steps(self.lengths.device).append_step, int(self.lengths.max()) + 1
+        for layer, (k, v) in produced.items():
+            held_k, held_v = self._with_room(layer, k, v, len(self.lengths), longest)
+            step(k, v, held_k, held_v, self.lengths)
+        self.lengths = self.lengths + 1
+
+    def _append_rows(self, stream: Stream, produced: dict[int, tuple[Tensor, Tensor]]) -> None:
         turn = self._turn(stream)
         for layer, (k, v) in produced.items():
             cache, meta, k, v = self.layers[layer], stream.num_meta, k.detach(), v.detach()
             if meta or cache.meta_k is None:
                 # Copies: a view would keep the whole prompt's projections alive.
                 cache.meta_k, cache.meta_v = k[:meta].clone(), v[:meta].clone()
-            self._write(cache, layer, k[meta:], v[meta:], turn)
+            self._write(layer, k[meta:], v[meta:], turn)
         self.lengths = turn.lengths
-        self.slots += stream.shape[1]
 
     def _turn(self, stream: Stream) -> _Turn:
         new = stream.row_lengths()
@@ -125,18 +143,22 @@ class HymbaCache(Cache):
         index = torch.arange(len(rows), device=new.device) - stream.cu_seqlens[:-1][rows]
         return _Turn(rows, past[rows] + index, past + new)
 
-    def _write(self, cache: LayerCache, layer: int, k: Tensor, v: Tensor, turn: _Turn) -> None:
-        window = self.config.cache_window(layer)
-        have = 0 if cache.k is None else cache.k.shape[2]
-        capacity = self._capacity(have, int(turn.lengths.max()), window)
-        cache.k = _grown(cache.k, len(turn.lengths), capacity, k)
-        cache.v = _grown(cache.v, len(turn.lengths), capacity, v)
-        rows, positions = turn.rows, turn.positions
+    def _write(self, layer: int, k: Tensor, v: Tensor, turn: _Turn) -> None:
+        held_k, held_v = self._with_room(layer, k, v, len(turn.lengths), int(turn.lengths.max()))
+        rows, positions, window = turn.rows, turn.positions, self.config.cache_window(layer)
         if window is not None:
             last = positions >= turn.lengths[rows] - window
             rows, positions, k, v = rows[last], positions[last] % window, k[last], v[last]
-        cache.k[rows, :, positions] = k.to(cache.k.dtype)
-        cache.v[rows, :, positions] = v.to(cache.v.dtype)
+        held_k[rows, :, positions] = k.to(held_k.dtype)
+        held_v[rows, :, positions] = v.to(held_v.dtype)
+
+    def _with_room(self, layer: int, k: Tensor, v: Tensor, rows: int, longest: int) -> tuple[Tensor, Tensor]:
+        """The layer's K/V, grown where the longest row needs it."""
+        cache = self.layers[layer]
+        have = 0 if cache.k is None else cache.k.shape[2]
+        capacity = self._capacity(have, longest, self.config.cache_window(layer))
+        cache.k, cache.v = _grown(cache.k, rows, capacity, k), _grown(cache.v, rows, capacity, v)
+        return cache.k, cache.v
 
     def _capacity(self, have: int, needed: int, window: int | None) -> int:
         if needed > have:
@@ -178,7 +200,7 @@ class HymbaCache(Cache):
             (T, H, dv)
         """
         assert self.lengths is not None
-        if self._steps(stream):
+        if self.steps_in_place(stream):
             return self._attend_step(layer, q, k, v, window)
         rows = _Rows.of(stream, self.lengths, self._cached_positions(layer))
         q_BLHd, k_BLHd, v_BLHd = stream.unflatten(q), stream.unflatten(k), stream.unflatten(v)
@@ -190,11 +212,6 @@ class HymbaCache(Cache):
                 for i in range(0, q_BLHd.shape[1], _QUERY_BLOCK)
             ]
         return stream.flatten(blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1))
-
-    def _steps(self, stream: Stream) -> bool:
-        """Whether a CPU's steps of decoding compute these tokens: one a row, and no gradients."""
-        once = stream.shape[1] == 1 and stream.real is None
-        return once and stream.rope_ids.device.type == "cpu" and not torch.is_grad_enabled()
 
     def _attend_step(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """As attend, for one token a row."""
@@ -217,8 +234,9 @@ class HymbaCache(Cache):
         return torch.clamp(newest - (newest - slot) % window, min=-1)
 
     def steps_in_place(self, stream: Stream) -> bool:
-        """Whether these tokens, one a row, change the states in place: in a StaticHymbaCache."""
-        return False
+        """Whether these tokens, one a row, change the states in place: on a CPU, where no gradients are wanted."""
+        once = self.is_initialized and stream.shape[1] == 1 and stream.real is None
+        return once and stream.rope_ids.device.type == "cpu" and not torch.is_grad_enabled()
 
     def states(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """The layer's conv inputs (B, Dn, K) and scan state (B, Dn, N), or None before the first call."""
@@ -363,6 +381,13 @@ def _against_shared(x: Tensor, y: Tensor) -> Tensor:
     batch, _, group, length, _ = x.shape
     out = x.transpose(0, 1).flatten(1, 3) @ y
     return out.unflatten(1, (batch, group, length)).transpose(0, 1)
+
+
+def _in_order(values: Sequence[Tensor], made: Callable[[Sequence[Tensor]], Tensor]) -> Tensor:
+    """A tensor made of others, in the order of their memory: a CPU's states are (B, n, Dn) there."""
+    if all(value.is_contiguous() for value in values):
+        return made(values)
+    return made([value.transpose(-1, -2) for value in values]).transpose(-1, -2)
 
 
 def _stacked(values: Sequence[Tensor]) -> Tensor:

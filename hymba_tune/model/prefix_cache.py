@@ -46,8 +46,8 @@ class PrefixCache(HymbaCache):
         prefix_v = torch.cat([held.meta_v, held.v[0, :, : self.slots].transpose(0, 1)])
         return ops.segment_attention(q, k, v, stream.cu_seqlens, prefix_k, prefix_v)
 
-    def _steps(self, stream: Stream) -> bool:
-        """No: a step wants every row's own cache."""
+    def steps_in_place(self, stream: Stream) -> bool:
+        """No: all rows share one."""
         return False
 
     def states(self, layer: int) -> tuple[Tensor, Tensor] | None:

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hymba_tune.model import HymbaCache, HymbaConfig, HymbaForCausalLM
 from tests.model.models import EXACT, WINDOW, random_documents, random_ids, random_model, tiny_config
+from tests.model.ops.cases import needs_compiler
 
 # Shorter than the window of 3, as long, and several times as long.
 PROMPTS = [2, 11, 1, 3, 7]
@@ -139,6 +140,38 @@ def test_a_copied_cache_continues_apart_from_its_original() -> None:
     fork.mask, fork.tokens, fork.logits = talk.mask, list(talk.tokens), list(talk.logits)
     decode(fork, 4, seed=1).check()
     decode(talk, 4, seed=2).check()
+
+
+def test_a_step_with_gradients_computes_the_same_and_replaces_the_states() -> None:
+    """Autograd may need the states before the step."""
+    model = random_model(tiny_config())
+    cache = Conversation(model, 2).say(random_ids(2, 5)).cache
+    token, states = random_ids(2, 1, seed=8), [held.ssm for held in cache.layers]
+    with torch.no_grad():
+        expected = model(token, past_key_values=copy.deepcopy(cache)).logits
+    logits = model(token, past_key_values=cache).logits
+    assert logits.requires_grad
+    torch.testing.assert_close(logits, expected, **EXACT)
+    assert all(held.ssm is not state for held, state in zip(cache.layers, states, strict=True))
+
+
+@needs_compiler
+def test_states_change_in_place_and_stay_in_the_order_that_the_kernels_take() -> None:
+    model = random_model(tiny_config())
+    talk = Conversation(model, 3).say(random_ids(3, 5))
+    joined = HymbaCache.joined([talk.cache, copy.deepcopy(talk.cache)], 5)
+    talk.cache.batch_select_indices(torch.tensor([2, 0]))
+    for cache in (talk.cache, joined):
+        before = _states(cache)
+        with torch.no_grad():
+            model(random_ids(cache.batch_size, 1), past_key_values=cache)
+        assert before
+        assert all(now is state for now, state in zip(_states(cache), before, strict=True))
+        assert all(state.mT.is_contiguous() for state in before)
+
+
+def _states(cache: HymbaCache) -> list[Tensor]:
+    return [state for held in cache.layers for state in (held.conv, held.ssm) if state is not None]
 
 
 @pytest.mark.parametrize("max_length", [None, 30, 5], ids=["unplanned", "planned", "planned too short"])

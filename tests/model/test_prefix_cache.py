@@ -33,6 +33,9 @@ def test_rows_after_a_shared_beginning_equal_each_row_alone(name):
         for row, n in enumerate(lengths):
             alone = model(torch.cat([prefix, rows[row : row + 1, 7 - n :]], 1), use_cache=False).logits
             torch.testing.assert_close(together[row, 7 - n :], alone[0, PREFIX:], **EXACT)
+    one_each = model(rows[:, :1], past_key_values=PrefixCache.of(cache, 3), use_cache=True).logits
+    alone = model(torch.cat([prefix.expand(3, -1), rows[:, :1]], 1), use_cache=False).logits
+    torch.testing.assert_close(one_each, alone[:, PREFIX:], **EXACT)
     assert (cache.slots, cache.batch_size) == (PREFIX, 1)
     for layer, held in zip(cache.layers, before, strict=True):
         assert all(torch.equal(t, held[key]) for key, t in layer.tensors().items())

@@ -52,6 +52,14 @@ def kernel(name: str, dtype: torch.dtype) -> Any:
     return getattr(load(), f"{name}_{str(dtype).removeprefix('torch.')}")
 
 
+def structure(fields: str, integers: str, doubles: str = "") -> type[ctypes.Structure]:
+    """A C struct of int64, double and pointers, in the order of `fields`."""
+    kinds = dict.fromkeys(integers.split(), ctypes.c_int64) | dict.fromkeys(doubles.split(), ctypes.c_double)
+    return type(
+        "struct", (ctypes.Structure,), {"_fields_": [(f, kinds.get(f, ctypes.c_void_p)) for f in fields.split()]}
+    )
+
+
 def io_dtype(dtype: torch.dtype) -> torch.dtype:
     """What the kernels read and write: float16 has no instance and goes through float32."""
     return dtype if dtype in (torch.float32, torch.float64, torch.bfloat16) else torch.float32

@@ -15,31 +15,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hymba_tune.model.ops import cpu_library, segments
-from hymba_tune.model.ops.cpu_library import io_dtype, kernel
+from hymba_tune.model.ops.cpu_library import io_dtype, kernel, structure
 
 # Bytes of the widest vector: the kept states are padded to a multiple of that.
 VECTOR_BYTES = 64
 
 
-def _structure(name: str, integers: str, fields: str) -> type[ctypes.Structure]:
-    """A C struct of int64 and pointers, in the order of `fields`."""
-    kinds = dict.fromkeys(integers.split(), ctypes.c_int64)
-    return type(name, (ctypes.Structure,), {"_fields_": [(f, kinds.get(f, ctypes.c_void_p)) for f in fields.split()]})
-
-
-_Scan = _structure(
-    "scan",
-    "threads segments channels states meta x_stride gate_stride dt_stride initial_stride",
+_Scan = structure(
     "threads segments channels states meta cu_seqlens x gate x_stride gate_stride dt_stride"
     " dt A B C D initial initial_stride checkpoints",
+    integers="threads segments channels states meta x_stride gate_stride dt_stride initial_stride",
 )
-_ScanGradients = _structure("scan_gradients", "", "y final x gate dt A B C D initial")
-_Conv = _structure(
-    "conv",
-    "threads segments channels taps meta x_stride initial_stride",
+_ScanGradients = structure("y final x gate dt A B C D initial", integers="")
+_Conv = structure(
     "threads segments channels taps meta cu_seqlens x x_stride weight bias initial initial_stride",
+    integers="threads segments channels taps meta x_stride initial_stride",
 )
-_ConvGradients = _structure("conv_gradients", "", "y final x weight bias initial")
+_ConvGradients = structure("y final x weight bias initial", integers="")
 
 
 def selective_scan(

@@ -1,4 +1,4 @@
-"""Attention of one more token a row by the compiled kernel: the truth's numbers, from what a row sees and no more."""
+"""One more token a row by the compiled kernels: the truth's numbers, from what a row sees and no more."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from hymba_tune.model.ops import cpu, cpu_steps, reference_steps
-from tests.model.ops.test_steps import attention_inputs
+from tests.model.ops import test_causal_conv1d as convs
+from tests.model.ops.test_steps import attention_inputs, check_append, check_in_place, given, scan_inputs
 
 pytestmark = pytest.mark.skipif(cpu.steps() is not cpu_steps, reason="needs a C compiler")
 
@@ -97,3 +98,50 @@ def test_threads_do_not_change_a_bit() -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, found[0]) for one in found)
+
+
+@pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float16], ids=str)
+def test_new_keys_and_values_go_where_the_truth_writes_them(dtype: torch.dtype) -> None:
+    for lengths, slots in (([0, 1, 40, 41, 97], 41), ([5], 8)):
+        check_append(cpu_steps.append_step, attention_inputs(lengths, slots, (4, 2), (5, 17), 0, dtype))
+
+
+@pytest.mark.parametrize("as_prefilled", [True, False])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("size", [(1, 4, 4, 4), (3, 37, 5, 3), (5, 9, 16, 2), (2, 600, 16, 4)], ids=str)
+def test_conv_and_scan_are_the_truth_s_and_change_the_state_in_place(
+    size: tuple[int, int, int, int], dtype: torch.dtype, as_prefilled: bool
+) -> None:
+    """Whatever the layout of the state's memory; x is a part of wider rows."""
+    rows, channels, states, taps = size
+    torch.manual_seed(0)
+    scanned = scan_inputs(rows, channels, states, dtype)
+    convolved = given(convs.random_inputs(rows, taps, channels, dtype, initial=rows))
+    convolved["state"] = convolved.pop("initial_state")
+    convolved["x"] = torch.cat([convolved["x"], convolved["x"]], 1)[:, :channels]
+    for inputs in (scanned, convolved):
+        if as_prefilled:
+            inputs["state"] = inputs["state"].mT.contiguous().mT
+    check_in_place(cpu_steps.scan_step, reference_steps.scan_step, scanned)
+    check_in_place(cpu_steps.conv_step, reference_steps.conv_step, convolved)
+
+
+def test_autograd_hears_of_what_was_changed_in_place() -> None:
+    scanned = scan_inputs(2, 8, 4, torch.float32)
+    held = attention_inputs([3], 4, dtype=torch.float32)
+    for state in (scanned["state"], scanned["state"].mT.contiguous().mT):
+        before = state._version
+        cpu_steps.scan_step(**{**scanned, "state": state})
+        assert state._version > before
+    cpu_steps.append_step(held["k"], held["v"], held["cached_k"], held["cached_v"], held["lengths"])
+    assert held["cached_k"]._version == held["cached_v"]._version == 1
+
+
+def test_states_of_a_type_without_kernels_are_the_truth_s() -> None:
+    scanned = scan_inputs(2, 8, 4, torch.float16)
+    state, expected = scanned.pop("state"), scanned["x"].new_empty(0)
+    found_state, expected_state = state.clone(), state.clone()
+    found = cpu_steps.scan_step(**scanned, state=found_state)
+    expected = reference_steps.scan_step(**scanned, state=expected_state)
+    assert torch.equal(found, expected)
+    assert torch.equal(found_state, expected_state)

@@ -6,7 +6,9 @@
 
 #include "causal_conv1d.h"
 
-#include "steps.h"
+#include "attention_step.h"
+
+#include "state_steps.h"
 
 #include "elementwise.h"
 

@@ -1,4 +1,5 @@
-/* Attention of reference_steps.py: one token a row over what the row has cached, vectorised over a head's features.
+/* Attention of reference_steps.py: one token a row over what the row has cached, vectorised over a head's features;
+   and the cache's new slots.
 
    A row's key/value head is one task: its G query heads share every key and value that is read. What the token sees
    lies in up to four spans: the meta tokens, one or two of the slots (a ring may wrap) and the token itself. All scores
@@ -213,6 +214,16 @@ void NAME(attention_step)(const NAME(step) *in) {
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; task++) NAME(attend_task)(in, task, &w);
         free(w.q);
+    }
+}
+
+/* k and v into the slot of their position. */
+void NAME(append_step)(const NAME(step) *in) {
+    for (int64_t task = 0; task < in->rows * in->heads; task++) {
+        int64_t slot = in->lengths[task / in->heads] % in->slots;
+        NAME(span) to = NAME(cached_span)(in, task, slot, 1);
+        memcpy((IO *)to.k, in->k + task * in->size, in->size * sizeof(IO));
+        memcpy((IO *)to.v, in->v + task * in->value_size, in->value_size * sizeof(IO));
     }
 }
 
