@@ -224,7 +224,7 @@ def _decode_batch(
     model: Any, prompts: list[list[int]], limits: list[int], stops: StopStrings, eos: frozenset[int]
 ) -> Iterator[tuple[int, list[int], FinishReason]]:
     """Yields (row, generated ids, reason) as rows end."""
-    decoder: _Decoder = _Static(model, max(limits)) if has_static_cache(model) else _Growing(model)
+    decoder = _decoder(model, max(limits))
     beginning = shared_beginning(prompts)
     rests = [prompt[len(beginning) :] for prompt in prompts]
     chosen = decoder.prefill(beginning, *left_padded(rests, pad_id=0, device=model.device))
@@ -261,8 +261,14 @@ class _Decoder(Protocol):
         """Go on with these rows only."""
 
 
-class _Growing:
-    """Any model, with the cache that it makes itself."""
+def _decoder(model: Any, new_tokens: int) -> _Decoder:
+    if has_static_cache(model):
+        return _Static(model, new_tokens)
+    return _Hymba(model) if isinstance(model, HymbaForCausalLM) else _AnyModel(model)
+
+
+class _AnyModel:
+    """With the cache that the model makes itself."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -274,9 +280,6 @@ class _Growing:
         if beginning:
             self._cache = cache_after(self._model, beginning)
             self._cache.batch_repeat_interleave(len(prompts))
-        elif isinstance(self._model, HymbaForCausalLM):
-            self._cache, chosen = read_prompts(self._model, prompts, mask)
-            return chosen
         return self._forward(prompts)
 
     def step(self, chosen: torch.Tensor) -> torch.Tensor:
@@ -301,20 +304,32 @@ class _Growing:
         return output.logits[:, -1].argmax(-1)
 
 
+class _Hymba:
+    """With a cache that grows. It knows the rows' lengths, so that a step needs no mask of all that is cached."""
+
+    def __init__(self, model: HymbaForCausalLM) -> None:
+        self._model = model
+
+    def prefill(self, beginning: list[int], prompts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        self._cache, chosen = read_after(self._model, beginning, prompts, mask)
+        return chosen
+
+    def step(self, chosen: torch.Tensor) -> torch.Tensor:
+        return _greedy(self._model, chosen[:, None], None, self._cache)
+
+    def keep(self, kept: torch.Tensor) -> None:
+        self._cache.batch_select_indices(kept)
+
+
 class _Static:
     """Hymba in fixed buffers: on a GPU a step is one CUDA graph."""
 
-    def __init__(self, model: Any, new_tokens: int) -> None:
+    def __init__(self, model: HymbaForCausalLM, new_tokens: int) -> None:
         self._model, self._new_tokens = model, new_tokens
 
     def prefill(self, beginning: list[int], prompts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         length = len(beginning) + prompts.shape[1] + self._new_tokens
-        if beginning:
-            cache = cache_after(self._model, beginning, HymbaCache(self._model.config, max_length=length))
-            cache.batch_repeat_interleave(len(prompts))
-            chosen = _greedy(self._model, prompts, behind(len(beginning), mask), cache)
-        else:
-            cache, chosen = read_prompts(self._model, prompts, mask, length)
+        cache, chosen = read_after(self._model, beginning, prompts, mask, length)
         self._decoder = StaticDecoder(self._model, cache)
         return chosen
 
@@ -323,6 +338,21 @@ class _Static:
 
     def keep(self, kept: torch.Tensor) -> None:
         self._decoder.keep(kept)
+
+
+def read_after(
+    model: HymbaForCausalLM,
+    beginning: list[int],
+    prompts: torch.Tensor,
+    mask: torch.Tensor,
+    max_length: int | None = None,
+) -> tuple[HymbaCache, torch.Tensor]:
+    """What all rows begin with and the rest of each (B, L), left-padded -> the cache after them, first tokens (B,)."""
+    if not beginning:
+        return read_prompts(model, prompts, mask, max_length)
+    cache = cache_after(model, beginning, HymbaCache(model.config, max_length))
+    cache.batch_repeat_interleave(len(prompts))
+    return cache, _greedy(model, prompts, behind(len(beginning), mask), cache)
 
 
 def read_prompts(
@@ -346,7 +376,7 @@ def read_prompts(
     return HymbaCache.joined(parts, width), torch.cat(chosen)
 
 
-def _greedy(model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: HymbaCache) -> torch.Tensor:
+def _greedy(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, cache: HymbaCache) -> torch.Tensor:
     """The likeliest next tokens (B,) of rows that continue a cache."""
     output = model(ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
     chosen: torch.Tensor = output.logits[:, -1].argmax(-1)
