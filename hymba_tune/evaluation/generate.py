@@ -351,7 +351,10 @@ def read_after(
     if not beginning:
         return read_prompts(model, prompts, mask, max_length)
     cache = cache_after(model, beginning, HymbaCache(model.config, max_length))
-    cache.batch_repeat_interleave(len(prompts))
+    if max_length is None:
+        cache.share(len(prompts))
+    else:  # fixed buffers hold each row apart
+        cache.batch_repeat_interleave(len(prompts))
     return cache, _greedy(model, prompts, behind(len(beginning), mask), cache)
 
 

@@ -83,6 +83,8 @@ class HymbaCache(Cache):
     layers: list[LayerCache] = field(init=False)  # type: ignore[assignment]
     lengths: Tensor | None = field(init=False, default=None)
     slots: int = field(init=False, default=0)
+    shared: int = field(init=False, default=0)
+    """Tokens that all rows begin with, which global layers hold once, behind the meta tokens: see `share`."""
 
     def __post_init__(self) -> None:
         self.offloading = False
@@ -96,10 +98,10 @@ class HymbaCache(Cache):
             slots: of a row, padding included; what rows have more than their part's counts as padding on the left.
 
         Raises:
-            ValueError: a part is empty, or has more slots.
+            ValueError: a part is empty, has more slots, or has rows that share their beginning.
         """
-        if not parts or any(part.lengths is None or part.slots > slots for part in parts):
-            raise ValueError(f"HymbaCache.joined takes filled caches of at most {slots} slots")
+        if not parts or any(part.lengths is None or part.slots > slots or part.shared for part in parts):
+            raise ValueError(f"HymbaCache.joined takes filled caches of at most {slots} slots that share nothing")
         new = cls(parts[0].config, parts[0].max_length)
         new.lengths, new.slots = torch.cat([part.lengths for part in parts if part.lengths is not None]), slots
         for layer, held in zip(new.layers, zip(*(part.layers for part in parts), strict=True), strict=True):
@@ -123,7 +125,7 @@ class HymbaCache(Cache):
         step, longest = ops.steps(self.lengths.device).append_step, int(self.lengths.max()) + 1
         for layer, (k, v) in produced.items():
             held_k, held_v = self._with_room(layer, k, v, len(self.lengths), longest)
-            step(k, v, held_k, held_v, self.lengths)
+            step(k, v, held_k, held_v, self.lengths - self._held_once(layer))
         self.lengths = self.lengths + 1
 
     def _append_rows(self, stream: Stream, produced: dict[int, tuple[Tensor, Tensor]]) -> None:
@@ -149,6 +151,7 @@ class HymbaCache(Cache):
         if window is not None:
             last = positions >= turn.lengths[rows] - window
             rows, positions, k, v = rows[last], positions[last] % window, k[last], v[last]
+        positions = positions - self._held_once(layer)
         held_k[rows, :, positions] = k.to(held_k.dtype)
         held_v[rows, :, positions] = v.to(held_v.dtype)
 
@@ -156,7 +159,7 @@ class HymbaCache(Cache):
         """The layer's K/V, grown where the longest row needs it."""
         cache = self.layers[layer]
         have = 0 if cache.k is None else cache.k.shape[2]
-        capacity = self._capacity(have, longest, self.config.cache_window(layer))
+        capacity = self._capacity(have, longest - self._held_once(layer), self.config.cache_window(layer))
         cache.k, cache.v = _grown(cache.k, rows, capacity, k), _grown(cache.v, rows, capacity, v)
         return cache.k, cache.v
 
@@ -216,7 +219,9 @@ class HymbaCache(Cache):
     def _attend_step(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """As attend, for one token a row."""
         held = self.layers[layer]
-        tensors = (held.meta_k, held.meta_v, held.k, held.v, self.lengths)
+        assert self.lengths is not None
+        own = self.lengths - self._held_once(layer) if self.shared else self.lengths
+        tensors = (held.meta_k, held.meta_v, held.k, held.v, own)
         with exact_products():
             attended: Tensor = ops.steps(q.device).attention_step(q, k, v, *tensors, window)
         return attended
@@ -230,8 +235,32 @@ class HymbaCache(Cache):
         newest = self.lengths[:, None] - 1
         window = self.config.cache_window(layer)
         if window is None:
-            return torch.where(slot <= newest, slot, -1)
+            position = slot + self._held_once(layer)
+            return torch.where(position <= newest, position, -1)
         return torch.clamp(newest - (newest - slot) % window, min=-1)
+
+    def _held_once(self, layer: int) -> int:
+        """How many of each row's first tokens the producer holds once for all rows."""
+        return self.shared if self.shared and self.config.sees_all(layer) else 0
+
+    def share(self, rows: int) -> None:
+        """Make so many rows of the only one, of which global layers go on to hold one: all rows begin with it.
+
+        Raises:
+            ValueError: the cache does not hold exactly one row without padding.
+        """
+        if self.lengths is None or self.lengths.tolist() != [self.slots] or self.shared:
+            raise ValueError("HymbaCache.share takes the cache of one row without padding")
+        for layer, held in enumerate(self.layers):
+            if held.k is None or held.v is None or not self.config.sees_all(layer):
+                continue
+            assert held.meta_k is not None
+            assert held.meta_v is not None
+            held.meta_k = torch.cat([held.meta_k, held.k[0, :, : self.slots].transpose(0, 1)])
+            held.meta_v = torch.cat([held.meta_v, held.v[0, :, : self.slots].transpose(0, 1)])
+            held.k, held.v = held.k[:, :, :0], held.v[:, :, :0]
+        self.shared = self.slots
+        self.batch_repeat_interleave(rows)
 
     def steps_in_place(self, stream: Stream) -> bool:
         """Whether these tokens, one a row, change the states in place: on a CPU, where no gradients are wanted."""
@@ -280,7 +309,7 @@ class HymbaCache(Cache):
 
     def reset(self) -> None:
         self.layers = [LayerCache() for _ in self.layers]
-        self.lengths, self.slots = None, 0
+        self.lengths, self.slots, self.shared = None, 0, 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Raises: a scan's state can't be taken back (assisted decoding needs that)."""

@@ -179,6 +179,11 @@ class HymbaConfig(PreTrainedConfig):
         group = [i for i in range(self.num_hidden_layers) if self.kv_producer(i) == producer]
         return None if any(self.is_global(layer) for layer in group) else self.sliding_window
 
+    def sees_all(self, producer: int) -> bool:
+        """Whether every layer that attends with a producer's K/V is global."""
+        group = (i for i in range(self.num_hidden_layers) if self.kv_producer(i) == producer)
+        return all(self.is_global(layer) for layer in group)
+
     def kv_producer(self, layer: int) -> int:
         """The layer whose K/V this one attends with: itself unless it is a consumer."""
         for group in self.kv_reuse_group or []:

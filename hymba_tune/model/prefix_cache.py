@@ -26,7 +26,7 @@ class PrefixCache(HymbaCache):
         Raises:
             ValueError: `filled` does not hold exactly one row without padding.
         """
-        if filled.lengths is None or filled.lengths.tolist() != [filled.slots]:
+        if filled.lengths is None or filled.lengths.tolist() != [filled.slots] or filled.shared:
             raise ValueError("PrefixCache takes the cache of one row without padding")
         new = cls(filled.config)
         new.layers, new.slots = filled.layers, filled.slots

@@ -32,10 +32,10 @@ class StaticHymbaCache(HymbaCache):
         """A copy of some rows (default: all) of a cache.
 
         Raises:
-            ValueError: the cache is empty or was not planned for a length.
+            ValueError: the cache is empty, was not planned for a length, or has rows that share their beginning.
         """
-        if filled.lengths is None or filled.max_length is None:
-            raise ValueError("StaticHymbaCache takes a filled HymbaCache with max_length")
+        if filled.lengths is None or filled.max_length is None or filled.shared:
+            raise ValueError("StaticHymbaCache takes a filled HymbaCache with max_length whose rows share nothing")
         rows = torch.arange(filled.batch_size, device=filled.lengths.device) if rows is None else rows
         new = cls(filled.config, filled.max_length)
         new.slots = filled.slots

@@ -212,7 +212,8 @@ void NAME(attention_step)(const NAME(step) *in) {
         w.scores = (REAL *)(w.sums + in->group * NAME(vectors)(in->value_size));
         w.totals = w.scores + in->group * NAME(vectors)(keys) * LANES;
 #pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < tasks; task++) NAME(attend_task)(in, task, &w);
+        for (int64_t i = 0; i < tasks; i++) /* head by head: what all rows share stays in a cache */
+            NAME(attend_task)(in, i % in->rows * in->heads + i / in->rows, &w);
         free(w.q);
     }
 }
