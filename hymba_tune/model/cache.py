@@ -2,7 +2,8 @@
 
 K/V live with their producers only: the meta tokens' once for the whole batch, a global layer's for every token, a
 windowed layer's in a ring of W positions. Every layer with an SSM branch keeps the last K raw conv inputs and the state
-of its scan in float32. Rows may have different lengths; padding is never stored.
+of its scan in float32. Rows may have different lengths; padding is never stored. What rows share, `share`, lies behind
+the meta tokens in global layers, and counts as such there.
 
 Shapes: B rows, L slots a row in this call, H heads, G query heads a K/V head, P cached positions, M meta tokens, d/dv
 features of a key/value head, Dn channels, N state size, K conv width.
@@ -34,10 +35,10 @@ class LayerCache:
     """One layer's share of the cache; None where the layer has no such branch or produces no K/V."""
 
     meta_k: Tensor | None = None
-    """(M, Hkv, d)"""
+    """(M, Hkv, d), in a global layer (M + shared, Hkv, d)"""
     meta_v: Tensor | None = None
     k: Tensor | None = None
-    """(B, Hkv, capacity, d); position p lies in slot p, modulo W in a windowed layer"""
+    """(B, Hkv, capacity, d); position p (behind what is shared) lies in slot p, modulo W in a windowed layer"""
     v: Tensor | None = None
     conv: Tensor | None = None
     """(B, Dn, K): the last K inputs of the conv, newest last"""
@@ -205,6 +206,8 @@ class HymbaCache(Cache):
         assert self.lengths is not None
         if self.steps_in_place(stream):
             return self._attend_step(layer, q, k, v, window)
+        if self.slots == self.shared and self._held_once(layer):
+            return self._attend_shared(layer, q, k, v, stream)
         rows = _Rows.of(stream, self.lengths, self._cached_positions(layer))
         q_BLHd, k_BLHd, v_BLHd = stream.unflatten(q), stream.unflatten(k), stream.unflatten(v)
         with exact_products():
@@ -225,6 +228,11 @@ class HymbaCache(Cache):
         with exact_products():
             attended: Tensor = ops.steps(q.device).attention_step(q, k, v, *tensors, window)
         return attended
+
+    def _attend_shared(self, layer: int, q: Tensor, k: Tensor, v: Tensor, stream: Stream) -> Tensor:
+        """As attend, of a global layer where rows have nothing in the cache but what they share."""
+        held = self.layers[layer]
+        return ops.segment_attention(q, k, v, stream.cu_seqlens, held.meta_k, held.meta_v)
 
     def _cached_positions(self, layer: int) -> Tensor:
         """(B, P): the position that lies in each slot, -1 in an empty one."""
