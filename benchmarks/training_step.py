@@ -32,6 +32,10 @@ FALCONS: dict[str, dict[str, int]] = {
     "falcon_h1": {},
     "falcon_h1, our state": {"mamba_n_heads": 16, "mamba_d_head": 64, "mamba_d_state": 16},
 }
+PRODUCTS = (
+    "aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::linear",
+    "mkldnn::_linear_pointwise",
+)  # fmt: skip
 
 
 def hymba() -> HymbaForCausalLM:
@@ -99,10 +103,10 @@ def race(sides: dict[str, Callable[[], None]], rounds: int, tokens: int) -> dict
 
 
 def profile(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, float]:
-    """Share of a step's CPU time in matrix products, attention, the scan, the conv, and the rest."""
+    """Share of a step's CPU time in matrix products, attention, scan, conv, norms, RoPE and SwiGLU, and the rest."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
         step(model, ids)
-    groups = {"matrix products": 0.0, "attention": 0.0, "scan": 0.0, "conv": 0.0, "rest": 0.0}
+    groups = {"matrix products": 0.0, "attention": 0.0, "scan": 0.0, "conv": 0.0, "elementwise": 0.0, "rest": 0.0}
     for event in recorded.key_averages():
         groups[_group(event.key)] += event.self_cpu_time_total
     total = sum(groups.values())
@@ -117,7 +121,9 @@ def _group(key: str) -> str:
         return "scan"
     if "conv" in lowered and "convert" not in lowered:
         return "conv"
-    if key in ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "mkldnn::_linear_pointwise"):
+    if any(name in lowered for name in ("norms", "rotate", "swiglu")):
+        return "elementwise"
+    if key in PRODUCTS:
         return "matrix products"
     return "rest"
 

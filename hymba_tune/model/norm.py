@@ -1,6 +1,6 @@
 """RMSNorm with a backward of its own: half the passes over memory that autograd makes of the same formula.
 
-GPUs have kernels of their own for it, in ops.
+It computes where ops has no kernels: in the reference backend, and on a CPU without a compiler.
 """
 
 from __future__ import annotations
