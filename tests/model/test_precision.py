@@ -7,6 +7,8 @@ step itself: 1e-7 in float32, 4e-3 in bfloat16.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,7 +48,7 @@ class ScanCall:
 
 @dataclass
 class Recorder:
-    """Every selective scan of the model, in order, and every product of layer 1's dt projection."""
+    """Every selective scan of the model and every step of one, in order."""
 
     scans: list[ScanCall] = field(default_factory=list)
 
@@ -55,13 +57,24 @@ class Recorder:
         self.scans.append(ScanCall(inputs, y, final_state))
         return y, final_state
 
-    original = staticmethod(ops.selective_scan)
+    def steps(self, device: torch.device) -> Any:
+        found = self.original_steps(device)
+        return SimpleNamespace(**{**vars(found), "scan_step": partial(self.scan_step, found.scan_step)})
+
+    def scan_step(self, step: Any, *inputs: Any) -> Tensor:
+        *before, state = inputs
+        y: Tensor = step(*inputs)
+        self.scans.append(ScanCall(tuple(before), y, state.clone()))
+        return y
+
+    original, original_steps = staticmethod(ops.selective_scan), staticmethod(ops.steps)
 
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
     monkeypatch.setattr(ops, "selective_scan", recorder.selective_scan)
+    monkeypatch.setattr(ops, "steps", recorder.steps)
     return recorder
 
 
