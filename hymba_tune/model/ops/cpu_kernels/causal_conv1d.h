@@ -5,8 +5,8 @@
    gradient) are kept in a ring: row j in slot j % K. Where there are meta tokens, they are segment 0, which starts from
    zeros and leaves its state in `initial`, where every other segment starts.
 
-   Shapes, row-major: x, y (T, channels), initial, final (segments without meta tokens, K, channels), all IO; weight (K, channels), bias
-   (channels). In a group, a row is `blocks` vectors, a ring K rows. */
+   Shapes, row-major: x, y (T, channels), initial, final (segments without meta tokens, K, channels), all IO; weight
+   (K, channels), bias (channels). In a group, a row is `blocks` vectors, a ring K rows. */
 
 typedef struct {
     int64_t threads, segments, channels, taps, meta; /* meta: 1 if segment 0 is the meta tokens, else 0 */

@@ -7,8 +7,8 @@
    0, which starts from zeros and leaves its state in `initial`, where every other segment starts.
 
    Shapes, row-major: x, gate, y (T, channels) IO, dt (T, channels), A (states, channels), B, C (T, states), D
-   (channels), initial, final (segments without meta tokens, states, channels). Rows may be slices of wider rows where a stride is given. Rates are
-   A * log2(e).
+   (channels), initial, final (segments without meta tokens, states, channels). Rows may be slices of wider rows where a
+   stride is given. Rates are A * log2(e).
    In a group, arrays of vectors are (blocks, states), and of a chunk (tokens, states). */
 
 #define PADDING 9 /* vectors between arrays, lest equal indices compete for the same cache sets */
@@ -230,8 +230,8 @@ INLINE void NAME(scan_backward_chunk)(const NAME(scan) *in, const NAME(scan_grad
     }
 }
 
-/* The state's gradient comes from `final` at the segment's end and goes to `initial`, summed where that is shared; at the
-   end of the meta tokens it is that sum. */
+/* The state's gradient comes from `final` at the segment's end and goes to `initial`, summed where that is shared; at
+   the end of the meta tokens it is that sum. */
 INLINE void NAME(scan_backward_segment)(const NAME(scan) *in, const NAME(scan_gradients) *grad, int64_t s, int states,
                                         NAME(scan_workspace) *w) {
     int64_t state = states * in->channels;
