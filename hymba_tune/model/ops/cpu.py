@@ -12,15 +12,7 @@ __all__ = ["DEVICES", "available", "causal_conv1d", "elementwise", "segment_atte
 DEVICES = ("cpu",)
 
 
-def _compiler_problem() -> str | None:
-    try:
-        cpu_library.load()
-    except cpu_library.KernelsUnavailable as error:
-        return str(error)
-    return None
-
-
-_PROBLEM = _compiler_problem()
+_PROBLEM = cpu_library.problem()
 selective_scan = cpu_scan.selective_scan if _PROBLEM is None else portable.selective_scan
 causal_conv1d = cpu_scan.causal_conv1d if _PROBLEM is None else portable.causal_conv1d
 META_FIRST = frozenset({"causal_conv1d", "selective_scan"} if _PROBLEM is None else ())
@@ -39,7 +31,8 @@ def elementwise() -> ModuleType | None:
 def available(op: str) -> tuple[bool, str]:
     """Always; the reason names the technique."""
     if op == "segment_attention":
-        return True, "matrix products over blocks of queries and the keys that they may see"
+        blocks = "matrix products over blocks of queries and the keys that they may see"
+        return True, blocks if _PROBLEM else f"a C kernel forward in float32 and float64; else {blocks}"
     if _PROBLEM is None:
         return True, f"C kernels compiled by {cpu_library.find_compiler()}"
     if op == "elementwise":

@@ -1,9 +1,13 @@
-"""Segment attention on the CPU as matrix products over blocks of queries; the truth it must equal: reference.py.
+"""Segment attention on the CPU: a compiled kernel forward, and matrix products over blocks of queries.
 
-The stream is cut into blocks of QUERIES tokens, whatever the segments. A block scores the prefix and one range of keys,
-from the first that its first query sees to its own end; what single queries must not see gets -inf, whose weight is
-exactly 0. So many short segments share a block, a long one costs L x window, and nothing L x L is ever held. The
-backward pass scores each block again instead of keeping the weights.
+The truth it must equal: reference.py. The kernel, cpu_kernels/attention.h, is for float32 and float64; 16-bit products
+have units of their own, which matrix products use. These compute the backward pass, and the forward pass of 16-bit
+input or without a compiler.
+
+For them the stream is cut into blocks of QUERIES tokens, whatever the segments. A block scores the prefix and one range
+of keys, from the first that its first query sees to its own end; what single queries must not see gets -inf, whose
+weight is exactly 0. So many short segments share a block, a long one costs L x window, and nothing L x L is ever held.
+The backward pass scores each block again, for no weights are kept.
 
 Legend: T tokens, P prefix tokens, S segments, H query heads, Hkv key/value heads, G = H // Hkv, d query/key width,
 dv value width. Rows are (query, head of its group), T * G of them a key/value head: a block's are n * G in a row.
@@ -11,17 +15,25 @@ dv value width. Rows are (query, head of its group), T * G of them a key/value h
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hymba_tune.model.ops import cpu_library
+
 # Wider blocks score more keys that their queries must not see, narrower ones make smaller products.
 QUERIES = 128
 # Ranges of keys start at multiples of this, so that few shapes of matrix products occur: each is set up once.
 ALIGNMENT = 64
+
+
+_SIZES = "threads tokens prefix heads group size value_size segments window"
+_Inputs = cpu_library.structure(f"{_SIZES} scale cu_seqlens q k v prefix_k prefix_v out", _SIZES, "scale")
 
 
 class Strip(NamedTuple):
@@ -104,6 +116,8 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, prefix_k, prefix_v)
         ctx.boundaries, ctx.window = boundaries, window
+        if q.dtype in (torch.float32, torch.float64) and cpu_library.problem() is None:
+            return _compiled(q, k, v, prefix_k, prefix_v, boundaries, window)
         return _Heads(q, k, v, prefix_k, prefix_v).forward(plan(boundaries, window))
 
     @staticmethod
@@ -117,6 +131,27 @@ class _Attention(torch.autograd.Function):
         grad_prefix_k, grad_k = grad_keys.transpose(0, 1).to(k.dtype).split([len(prefix_k), len(k)])
         grad_prefix_v, grad_v = grad_values.transpose(0, 1).to(v.dtype).split([len(prefix_v), len(v)])
         return grad_q, grad_k, grad_v, grad_prefix_k, grad_prefix_v, None, None
+
+
+def _compiled(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    boundaries: tuple[int, ...],
+    window: int | None,
+) -> Tensor:
+    """-> (T, H, dv) by the C kernel."""
+    (tokens, heads, size), (_, kv_heads, value_size) = q.shape, v.shape
+    out = q.new_empty(tokens, heads, value_size)
+    sizes = (len(prefix_k), kv_heads, heads // kv_heads, size, value_size, len(boundaries) - 1)
+    numbers = (torch.get_num_threads(), tokens, *sizes, tokens if window is None else window)
+    inputs = [torch.tensor(boundaries), *(t.contiguous() for t in (q, k, v, prefix_k, prefix_v)), out]
+    scale = size**-0.5 * math.log2(math.e)
+    of_call = _Inputs(*numbers, scale, *(t.data_ptr() for t in inputs))
+    cpu_library.kernel("attention_forward", q.dtype)(ctypes.byref(of_call))
+    return out
 
 
 class _Heads:

@@ -65,6 +65,16 @@ def io_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in (torch.float32, torch.float64, torch.bfloat16) else torch.float32
 
 
+@functools.cache
+def problem() -> str | None:
+    """Why there is no library; None where there is one."""
+    try:
+        load()
+    except KernelsUnavailable as error:
+        return str(error)
+    return None
+
+
 def find_compiler() -> str | None:
     """$CC if set, else the first of cc, gcc and clang on the path."""
     candidates = [os.environ["CC"]] if os.environ.get("CC") else COMPILERS

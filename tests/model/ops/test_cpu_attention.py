@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hymba_tune.model.ops import cpu_attention, reference
+from hymba_tune.model.ops import cpu_attention, cpu_library, reference
+from tests.model.ops.cases import needs_compiler
 
 ATOL = {torch.float64: 1e-12, torch.float32: 2e-5}
 AWKWARD = ([1], [63], [500], [1, 0, 63, 1, 130, 0, 305], [3] * 60)
@@ -41,6 +42,17 @@ def results(module: ModuleType, given: dict[str, Any], lengths: list[int], windo
     weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape).to(out.dtype)
     wanted = [t for t in given.values() if t is not None]
     return [out, *torch.autograd.grad(out, wanted, weights)]
+
+
+@pytest.fixture(autouse=True, params=[pytest.param("compiled", marks=needs_compiler), "matrix products"])
+def forward(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the forward pass is computed by."""
+    if request.param == "matrix products":
+        monkeypatch.setattr(cpu_library, "problem", lambda: "none is wanted")
+    return str(request.param)
+
+
+only_compiled = pytest.mark.parametrize("forward", ["compiled"], indirect=True)
 
 
 @pytest.fixture
@@ -141,3 +153,44 @@ def test_keys_scored_grow_with_the_window_and_not_with_the_length():
     assert scored(16_384) < 2.1 * scored(8_192)
     short = tuple(range(0, 16_385, 64))
     assert max(block.stop - block.first_key for block in cpu_attention.plan(short, 256)) <= cpu_attention.QUERIES
+
+
+@needs_compiler
+@only_compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_kernel_gives_equal_bits_on_any_number_of_threads(dtype):
+    given = operands(700, 9, dtype)
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(cpu_attention.segment_attention(**given, cu_seqlens=boundaries([500, 200]), window=100))
+    torch.set_num_threads(before)
+    assert all(torch.equal(out, found[0]) for out in found)
+
+
+@needs_compiler
+@only_compiled
+def test_the_kernel_takes_large_scores_long_prefixes_and_the_widths_of_real_heads():
+    """Scores of +-400, whose exponentials overflow; more keys than the kernel takes at a time, in prefix and stream."""
+    given: dict[str, Any] = {
+        name: t if t is None else (t.detach() * 12).requires_grad_() for name, t in operands(900, 300, dv=40).items()
+    }
+    wide = {
+        name: torch.cat([t] * 8, -1).detach().requires_grad_() if name in ("q", "k", "prefix_k") else t
+        for name, t in given.items()
+    }
+    for window in (None, 600):
+        for ours, truth in zip(
+            results(cpu_attention, wide, [900], window), results(reference, wide, [900], window), strict=True
+        ):
+            torch.testing.assert_close(ours, truth, atol=1e-9, rtol=1e-9)
+
+
+@needs_compiler
+@only_compiled
+def test_nan_is_not_hidden_by_the_kernel():
+    given: dict[str, Any] = {name: t if t is None else t.detach() for name, t in operands(60, 5).items()}
+    given["k"][40] = float("nan")
+    out = cpu_attention.segment_attention(**given, cu_seqlens=boundaries([60]))
+    assert out[40:].isnan().all()
+    assert out[:32].isfinite().all()

@@ -14,11 +14,16 @@ from tests.model.ops.cases import needs_compiler
 def fresh_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
     """No library is loaded, none is in the cache; afterwards all is as it was."""
     monkeypatch.setenv(cpu_library.CACHE_VARIABLE, str(tmp_path / "cache"))
-    cpu_library.load.cache_clear()
+    forget()
     yield monkeypatch
     monkeypatch.undo()
-    cpu_library.load.cache_clear()
+    forget()
     importlib.reload(cpu)
+
+
+def forget() -> None:
+    cpu_library.load.cache_clear()
+    cpu_library.problem.cache_clear()
 
 
 def assert_torch_takes_over(reason: str) -> None:
@@ -29,6 +34,7 @@ def assert_torch_takes_over(reason: str) -> None:
     assert available
     assert "torch in chunks" in explanation
     assert reason in explanation
+    assert cpu.available("segment_attention")[1].startswith("matrix products over blocks of queries")
     assert cpu.elementwise() is None
     assert cpu.available("elementwise")[1].startswith("torch, one operation after the other: ")
 

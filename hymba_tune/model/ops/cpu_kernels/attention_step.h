@@ -160,25 +160,36 @@ INLINE void NAME(weigh_all)(const NAME(step) *in, NAME(step_workspace) *w) {
         }
 }
 
-/* Scores -> weights, not yet divided by their total. A NaN stays one. */
+/* Of whole vectors of scores. */
+INLINE REAL NAME(highest)(const REAL *scores, int64_t count) {
+    VEC peaks = NAME(load)(scores, LANES);
+    for (int64_t j = LANES; j < count; j += LANES) {
+        VEC z = NAME(load)(scores + j, LANES);
+        peaks = NAME(select)(z > peaks, z, peaks);
+    }
+    REAL peak = peaks[0];
+    for (int i = 1; i < LANES; i++) peak = MAX(peak, peaks[i]);
+    return peak;
+}
+
+/* Scores -> 2^(score - peak), and the sum of these. A NaN stays one. */
+INLINE REAL NAME(weights)(REAL *scores, int64_t count, REAL peak) {
+    VEC total = {0};
+    for (int64_t j = 0; j < count; j += LANES) {
+        VEC z = NAME(load)(scores + j, LANES) - peak;
+        VEC weight = NAME(select)(z == z, NAME(exp2)(z), z);
+        total += weight;
+        NAME(store)(scores + j, weight, LANES);
+    }
+    return NAME(sum_lanes)(total);
+}
+
+/* Scores -> weights, not yet divided by their total. */
 INLINE void NAME(soften)(const NAME(step) *in, NAME(step_workspace) *w) {
     for (int64_t g = 0; g < in->group; g++) {
         REAL *scores = w->scores + g * w->padded;
         for (int64_t j = w->keys; j < w->padded; j++) scores[j] = -(REAL)INFINITY;
-        VEC peaks = NAME(load)(scores, LANES), total = {0};
-        for (int64_t j = LANES; j < w->padded; j += LANES) {
-            VEC z = NAME(load)(scores + j, LANES);
-            peaks = NAME(select)(z > peaks, z, peaks);
-        }
-        REAL peak = peaks[0];
-        for (int i = 1; i < LANES; i++) peak = MAX(peak, peaks[i]);
-        for (int64_t j = 0; j < w->padded; j += LANES) {
-            VEC z = NAME(load)(scores + j, LANES) - peak;
-            VEC weight = NAME(select)(z == z, NAME(exp2)(z), z);
-            total += weight;
-            NAME(store)(scores + j, weight, LANES);
-        }
-        w->totals[g] = NAME(sum_lanes)(total);
+        w->totals[g] = NAME(weights)(scores, w->padded, NAME(highest)(scores, w->padded));
     }
 }
 

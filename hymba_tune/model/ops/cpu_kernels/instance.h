@@ -8,6 +8,8 @@
 
 #include "attention_step.h"
 
+#include "attention.h"
+
 #include "state_steps.h"
 
 #include "elementwise.h"
