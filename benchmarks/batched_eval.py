@@ -1,9 +1,10 @@
 """GSM8K on the tiny model: our batched suite against lm-eval's own hf backend at batch size 1.
 
-    HYMBA_TUNE_DATA=FOLDER python -m benchmarks.batched_eval [--limit 200]
+    HYMBA_TUNE_DATA=FOLDER python -m benchmarks.batched_eval [--limit 200] [--processes 2]
 
 Both sides run the same task (gsm8k_upstream: five chat shots, at most 256 new tokens) on the same model, in float32,
-from reading the rows to the scores; the model is loaded before. Claim: the same answers, faster.
+from reading the rows to the scores; models are loaded before. Ours deals its batches out to processes of one thread,
+as `hymba-tune eval --processes` does; lm-eval's has the same cores as threads. Claim: the same answers, faster.
 
     as_it_ends      the tiny model ends most answers after a few tokens: reading prompts of 1,600 tokens is most of the
                     work, and takes as long in a batch as alone
@@ -13,17 +14,22 @@ from reading the rows to the scores; the model is loaded before. Claim: the same
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import statistics
 import tempfile
 import time
+from functools import cache, partial
+from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.record import write_result
 from hymba_tune.data.chat import load_tokenizer
 from hymba_tune.evaluation.gsm8k import gsm8k_splits, process_results
 from hymba_tune.evaluation.harness import FEWSHOT_SEED, read_task
-from hymba_tune.evaluation.suite import run_suite
+from hymba_tune.evaluation.suite import answer_share, collect_shares, run_suite
 from hymba_tune.model import load_model
 from hymba_tune.model.precision import choose_matmul_precision
 from hymba_tune.tiny import tiny_path
@@ -41,12 +47,39 @@ class Timer:
         return {"clock": time.perf_counter() - self._clock, "processor": time.process_time() - self._processor}
 
 
-def batched(model: Any, tokenizer: Any, limit: int, batch_tokens: int) -> tuple[list[str], dict[str, float]]:
-    """Answers of our suite, and its seconds."""
+@cache
+def loaded(ends: bool) -> tuple[Any, Any]:
+    """The tiny model, which never chooses the end of the sequence unless it `ends`, and its tokenizer."""
+    tokenizer, model = load_tokenizer(tiny_path()), load_model(tiny_path()).eval()
+    if not ends:
+        never_end(model, tokenizer.eos_token_id)
+    return model, tokenizer
+
+
+def answer(number: int, of: int, ends: bool, folder: Path, limit: int, batch_tokens: int) -> float:
+    """In a process of its own, what it does of the suite's answers; its processor seconds."""
+    torch.set_num_threads(1)
+    choose_matmul_precision()
+    model, tokenizer = loaded(ends)
     timer = Timer()
-    with tempfile.TemporaryDirectory() as folder:
-        [result] = run_suite(model, tokenizer, [TASK], Path(folder), limit=limit, batch_tokens=batch_tokens)
-    return [item["answer"] for item in result["items"]], timer.seconds()
+    answer_share(model, tokenizer, [TASK], folder, (number, of), limit=limit, batch_tokens=batch_tokens)
+    return timer.seconds()["processor"]
+
+
+def batched(
+    pool: Pool, processes: int, ends: bool, limit: int, batch_tokens: int
+) -> tuple[list[str], dict[str, float]]:
+    """Answers of our suite, and its seconds."""
+    model, tokenizer = loaded(ends)
+    timer = Timer()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        collect_shares(folder)
+        share = partial(answer, of=processes, ends=ends, folder=folder, limit=limit, batch_tokens=batch_tokens)
+        of_shares = sum(pool.map(share, range(processes), chunksize=1))
+        [result] = run_suite(model, tokenizer, [TASK], folder, limit=limit, batch_tokens=batch_tokens)
+    seconds = timer.seconds()
+    return [item["answer"] for item in result["items"]], seconds | {"processor": seconds["processor"] + of_shares}
 
 
 def one_by_one(model: Any, tokenizer: Any, limit: int) -> tuple[list[str], dict[str, float]]:
@@ -85,8 +118,10 @@ def never_end(model: Any, eos: int) -> None:
     model.register_forward_hook(without_end)
 
 
-def compare(model: Any, tokenizer: Any, limit: int, batch_tokens: int) -> dict[str, Any]:
-    many, seconds = batched(model, tokenizer, limit, batch_tokens)
+def compare(pool: Pool, processes: int, ends: bool, limit: int, batch_tokens: int) -> dict[str, Any]:
+    batched(pool, processes, ends, 2 * processes, batch_tokens // 100)  # every process loads its model
+    many, seconds = batched(pool, processes, ends, limit, batch_tokens)
+    model, tokenizer = loaded(ends)
     alone, seconds_alone = one_by_one(model, tokenizer, limit)
     return {
         "seconds_batched": seconds,
@@ -100,15 +135,16 @@ def compare(model: Any, tokenizer: Any, limit: int, batch_tokens: int) -> dict[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, default=200)
-    parser.add_argument("--batch-tokens", type=int, default=131_072)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--batch-tokens", type=int, default=220_000)
     arguments = parser.parse_args()
+    processes, batch_tokens = arguments.processes, arguments.batch_tokens
     choose_matmul_precision()
-    tokenizer, model = load_tokenizer(tiny_path()), load_model(tiny_path()).eval()
-    batched(model, tokenizer, 2, arguments.batch_tokens)
-    figures: dict[str, Any] = {"task": TASK, "items": arguments.limit, "batch_tokens": arguments.batch_tokens}
-    figures["as_it_ends"] = compare(model, tokenizer, arguments.limit, arguments.batch_tokens)
-    never_end(model, tokenizer.eos_token_id)
-    figures["full_length"] = compare(model, tokenizer, arguments.limit, arguments.batch_tokens)
+    figures: dict[str, Any] = {"task": TASK, "items": arguments.limit, "batch_tokens": batch_tokens}
+    figures["processes"] = processes
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        for name, ends in (("as_it_ends", True), ("full_length", False)):
+            figures[name] = compare(pool, processes, ends, arguments.limit, batch_tokens)
     write_result("batched_eval", figures)
 
 
