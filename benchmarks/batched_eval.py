@@ -136,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--batch-tokens", type=int, default=220_000)
+    parser.add_argument("--batch-tokens", type=int, default=196_608)
     arguments = parser.parse_args()
     processes, batch_tokens = arguments.processes, arguments.batch_tokens
     choose_matmul_precision()

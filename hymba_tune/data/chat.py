@@ -75,8 +75,15 @@ def prompt_ids(
     tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None
 ) -> list[int]:
     """The ids to generate a reply from: the messages, then the header of an assistant turn. No BOS."""
+    return render_prompt(tokenizer, messages, tools)[1]
+
+
+def render_prompt(
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None
+) -> tuple[str, list[int]]:
+    """The template's text of `prompt_ids`, and these."""
     text, spans = _render(tokenizer, messages, tools, generation_prompt=True)
-    return _encode_spans(tokenizer, text, spans).input_ids
+    return text, _encode_spans(tokenizer, text, spans).input_ids
 
 
 def _render(

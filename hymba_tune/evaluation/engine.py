@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hymba_tune.data.chat import prompt_ids
+from hymba_tune.data.chat import render_prompt
 from hymba_tune.evaluation.cache import (
     AnswerCache,
     answer_key,
@@ -88,9 +88,14 @@ class Engine:
 
     def encode_chat(self, messages: Messages, tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
         """Prompt ids up to the assistant's turn; plain text, a line a message, where the tokenizer has no template."""
+        return self.render_chat(messages, tools)[1]
+
+    def render_chat(self, messages: Messages, tools: Sequence[dict[str, Any]] | None = None) -> tuple[str, list[int]]:
+        """The prompt's text, and its ids as of encode_chat."""
         if self.has_chat_template:
-            return prompt_ids(self.tokenizer, list(messages), list(tools) if tools else None)
-        return self.encode_text("\n".join(message["content"] or "" for message in messages) + "\n")
+            return render_prompt(self.tokenizer, list(messages), list(tools) if tools else None)
+        text = "\n".join(message["content"] or "" for message in messages) + "\n"
+        return text, self.encode_text(text)
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text, no BOS (the benchmarks' protocol)."""

@@ -48,14 +48,11 @@ class HymbaLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The chat as text; its ids are remembered under that text."""
-        text: str = self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
-        if add_generation_prompt:
-            self._chats[text] = self.engine.encode_chat(chat_history)
+        if not add_generation_prompt:
+            begun: str = self.tokenizer.apply_chat_template(chat_history, tokenize=False, continue_final_message=True)
+            return begun
+        text, ids = self.engine.render_chat(chat_history)
+        self._chats[text] = ids
         return text
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:

@@ -81,11 +81,11 @@ def test_the_shots_are_those_lm_eval_draws(data_dir, tiny_llama, character_token
     seen: list[list[dict[str, str]]] = []
     engine = Engine(tiny_llama, character_tokenizer)
 
-    def encode_chat(messages: list[dict[str, str]]) -> list[int]:
+    def render_chat(messages: list[dict[str, str]]) -> tuple[str, list[int]]:
         seen.append(messages)
-        return [3]
+        return str(messages), [3]
 
-    monkeypatch.setattr(engine, "encode_chat", encode_chat)
+    monkeypatch.setattr(engine, "render_chat", render_chat)
     monkeypatch.setattr(
         engine, "generate", lambda prompts, max_new_tokens, stop: [Answer("", 0, "eos", 0) for _ in prompts]
     )

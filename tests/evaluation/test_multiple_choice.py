@@ -37,15 +37,15 @@ def test_mmlu_asks_the_likelihood_of_four_letters_after_five_shots(engine, monke
     chats: list[list[dict[str, str]]] = []
     asked: list[tuple[list[int], list[int]]] = []
 
-    def encode_chat(messages: list[dict[str, str]]) -> list[int]:
+    def render_chat(messages: list[dict[str, str]]) -> tuple[str, list[int]]:
         chats.append(messages)
-        return Engine.encode_chat(engine, messages)
+        return Engine.render_chat(engine, messages)
 
     def loglikelihood(requests: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         asked.extend(requests)
         return [(float(-(i % 4)), False) for i in range(len(requests))]
 
-    monkeypatch.setattr(engine, "encode_chat", encode_chat)
+    monkeypatch.setattr(engine, "render_chat", render_chat)
     monkeypatch.setattr(engine, "loglikelihood", loglikelihood)
     scores = mmlu.run_mmlu("mmlu", engine, SPLITS, None)
     assert [message["role"] for message in chats[0]] == ["system", *["user", "assistant"] * 5, "user"]

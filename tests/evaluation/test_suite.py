@@ -56,11 +56,11 @@ def test_the_prompt_is_five_worked_examples_as_turns(tiny_llama, character_token
     engine = Engine(tiny_llama, character_tokenizer, max_new_tokens=1)
     seen: list[list[dict[str, str]]] = []
 
-    def encode_chat(messages: list[dict[str, str]]) -> list[int]:
+    def render_chat(messages: list[dict[str, str]]) -> tuple[str, list[int]]:
         seen.append(messages)
-        return [3]
+        return str(messages), [3]
 
-    monkeypatch.setattr(engine, "encode_chat", encode_chat)
+    monkeypatch.setattr(engine, "render_chat", render_chat)
     for task in ("gsm8k", "gsm8k_upstream"):
         run_gsm8k(task, engine, gsm8k_splits(data), 1)
     ours, upstream = seen
