@@ -48,7 +48,7 @@ def mean_of_norms(a: Tensor, weight_a: Tensor, b: Tensor, weight_b: Tensor, eps:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE on x (T, heads, d), which may be strided; the table's cos and sin (T, 1, d) hold each angle twice."""
     io, wide = _computed_in(x.dtype)
-    y = _apply(_Rotate, _without_gaps(_as(x, io)), _whole(cos, wide), _whole(sin, wide))
+    y = _apply(_Rotate, cpu_library.rows_of(_as(x, io)), _whole(cos, wide), _whole(sin, wide))
     return _as(y, x.dtype)
 
 
@@ -79,7 +79,7 @@ class _MeanOfNorms(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         a, weight_a, b, weight_b = inputs = ctx.saved_tensors
-        dy = _without_gaps(dy)
+        dy = cpu_library.rows_of(dy)
         wanted = (True, ctx.needs_input_grad[1], b is not None, ctx.needs_input_grad[3])
         grads = [_empty(t) if want else None for t, want in zip(inputs, wanted, strict=True)]
         da, dweight_a, db, dweight_b = map(_pointer, grads)
@@ -109,7 +109,7 @@ class _Rotate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _Rotate.compute(_without_gaps(dy), cos, sin, sign=-1), None, None
+        return _Rotate.compute(cpu_library.rows_of(dy), cos, sin, sign=-1), None, None
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -189,7 +189,7 @@ def _empty(like: Tensor) -> Tensor:
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """(.., C) -> (rows, C)."""
-    return _without_gaps(_as(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), dtype))
+    return cpu_library.rows_of(_as(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), dtype))
 
 
 def _whole(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -199,8 +199,3 @@ def _whole(t: Tensor, dtype: torch.dtype) -> Tensor:
 def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
     """t.to(dtype), which takes longer to find that there is nothing to do."""
     return t if t.dtype == dtype else t.to(dtype)
-
-
-def _without_gaps(t: Tensor) -> Tensor:
-    """Rows without gaps inside; between rows there may be some."""
-    return t if t.stride(-1) == 1 else t.contiguous()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 SOURCES = Path(__file__).parent / "cpu_kernels"
 COMPILERS = ("cc", "gcc", "clang")
@@ -58,6 +59,11 @@ def structure(fields: str, integers: str, doubles: str = "") -> type[ctypes.Stru
     return type(
         "struct", (ctypes.Structure,), {"_fields_": [(f, kinds.get(f, ctypes.c_void_p)) for f in fields.split()]}
     )
+
+
+def rows_of(t: Tensor) -> Tensor:
+    """A tensor for the kernels: rows without gaps inside; between rows there may be some."""
+    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def io_dtype(dtype: torch.dtype) -> torch.dtype:

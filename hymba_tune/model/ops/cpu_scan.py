@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hymba_tune.model.ops import cpu_library, segments
-from hymba_tune.model.ops.cpu_library import io_dtype, kernel, structure
+from hymba_tune.model.ops.cpu_library import io_dtype, kernel, rows_of, structure
 
 # Bytes of the widest vector: the kept states are padded to a multiple of that.
 VECTOR_BYTES = 64
@@ -55,8 +55,8 @@ def selective_scan(
     io = io_dtype(torch.promote_types(x.dtype, gate.dtype))
     wide = torch.promote_types(io, torch.float32)
     rates, B, C, D = A.to(wide).t().contiguous(), B.to(wide).contiguous(), C.to(wide).contiguous(), D.to(wide)
-    dt, state = _rows(dt.to(wide)), _state_in(initial_state, wide)
-    inputs = (_rows(x.to(io)), dt, rates, B, C, D.contiguous(), _rows(gate.to(io)), state)
+    dt, state = rows_of(dt.to(wide)), _state_in(initial_state, wide)
+    inputs = (rows_of(x.to(io)), dt, rates, B, C, D.contiguous(), rows_of(gate.to(io)), state)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     y, final = _SelectiveScan.apply(*inputs, _boundaries(cu_seqlens, num_meta), num_meta > 0, keep)
     return y.to(x.dtype), final.transpose(1, 2)
@@ -79,7 +79,7 @@ def causal_conv1d(
     io = io_dtype(x.dtype)
     wide = torch.promote_types(io, torch.float32)
     y, final = _CausalConv1d.apply(
-        _rows(x.to(io)),
+        rows_of(x.to(io)),
         weight.to(wide).t().contiguous(),
         bias.to(wide).contiguous(),
         _state_in(initial_state, io),
@@ -211,11 +211,6 @@ def _boundaries(cu_seqlens: Tensor, num_meta: int) -> Tensor:
 def _segment_stride(state: Tensor | None) -> int:
     """0 for a state that all segments share."""
     return 0 if state is None or len(state) == 1 else state.stride(0)
-
-
-def _rows(t: Tensor) -> Tensor:
-    """Rows without gaps inside; between rows there may be some."""
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _state_in(state: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from hymba_tune.model.ops import reference_steps
-from hymba_tune.model.ops.cpu_library import io_dtype, kernel, structure
+from hymba_tune.model.ops.cpu_library import io_dtype, kernel, rows_of, structure
 
 _SIZES = "threads rows heads group meta slots size value_size window"
 _Step = structure(f"{_SIZES} scale lengths q k v meta_k meta_v cached_k cached_v out", _SIZES, "scale")
@@ -69,7 +69,7 @@ def conv_step(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> Tensor:
     if not _compiled(x.dtype, x, state):
         return reference_steps.conv_step(x, weight, bias, state)
     (rows, channels), taps, wide = x.shape, weight.shape[1], torch.promote_types(x.dtype, torch.float32)
-    x, weight, bias, y = _rows(x), weight.to(wide).contiguous(), bias.to(wide).contiguous(), x.new_empty(x.shape)
+    x, weight, bias, y = rows_of(x), weight.to(wide).contiguous(), bias.to(wide).contiguous(), x.new_empty(x.shape)
     with _transposed(state) as memory:
         _run("conv_step", x.dtype, _Conv, (rows, channels, taps, x.stride(0)), x, weight, bias, memory, y)
     return y
@@ -82,7 +82,7 @@ def scan_step(
     wide = torch.promote_types(x.dtype, torch.float32)
     if not (_compiled(x.dtype, x, gate) and _compiled(wide, state)):
         return reference_steps.scan_step(x, dt, A_log, B, C, D, gate, state)
-    x, dt, gate, y = _rows(x), _rows(dt.to(wide)), _rows(gate), x.new_empty(x.shape)
+    x, dt, gate, y = rows_of(x), rows_of(dt.to(wide)), rows_of(gate), x.new_empty(x.shape)
     selected = [t.to(wide).contiguous() for t in (A_log, B, C, D)]
     sizes = (*x.shape, A_log.shape[1], x.stride(0), gate.stride(0), dt.stride(0))
     with _transposed(state) as memory:
@@ -104,11 +104,6 @@ def _run(
 ) -> None:
     pointers = (None if t is None else t.data_ptr() for t in tensors)
     kernel(name, dtype)(ctypes.byref(kind(torch.get_num_threads(), *numbers, *pointers)))
-
-
-def _rows(t: Tensor) -> Tensor:
-    """Rows without gaps inside; between rows there may be some."""
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 @contextmanager
