@@ -22,9 +22,9 @@ from hymba_tune.provenance import hardware, version
 OPTIONAL = {
     "deepspeed": "training on several GPUs with ZeRO: pip install -e '.[deepspeed]'",
     "lm-eval": "GSM8K, IFEval and GPQA by their standard protocols: pip install -e '.[eval]'",
-    "flash-attn": "an attention kernel for GPUs: pip install --no-build-isolation -e '.[cuda]'",
-    "mamba-ssm": "a scan kernel for GPUs: as flash-attn",
-    "causal-conv1d": "a conv kernel for GPUs: as flash-attn",
+    "mamba-ssm": "only what the GPU scan is measured against: pip install --no-build-isolation -e '.[cuda]'",
+    "causal-conv1d": "part of mamba-ssm; hymba-tune has a conv of its own",
+    "flash-attn": "not used: hymba-tune's attention takes meta tokens and values wider than keys",
 }
 """Packages that nothing needs, what each is for and how it comes."""
 
