@@ -1,4 +1,4 @@
-"""The CPU backend: compiled kernels (torch alone without a compiler), attention in blocks of queries."""
+"""The CPU backend: compiled kernels; torch alone without a compiler, and for attention's backward pass."""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
 """What the tests of every operation share: awkward segments, tolerances, one call's outputs and gradients."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from hymba_tune.model.ops import cpu_library
+from hymba_tune.model.ops import cpu_library, meta_first, reference
 
 SEGMENTS = {
     "one token": [1],
@@ -46,6 +47,21 @@ def results(
     found = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
     found |= {f"d {name}": leaf.grad for name, leaf in leaves.items() if leaf is not None and leaf.grad is not None}
     return found
+
+
+def results_with_meta(
+    op: Callable[..., tuple[Tensor, ...]],
+    name: str,
+    num_meta: int,
+    cu_seqlens: Tensor,
+    inputs: dict[str, Tensor | None],
+    upstream: list[Tensor],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What an op and two calls of the reference's op `name` make of num_meta meta tokens before the documents."""
+    inputs = {key: t for key, t in inputs.items() if key != "initial_state"}
+    truth = partial(getattr(meta_first, name), getattr(reference, name), meta=num_meta)
+    found = results(partial(op, num_meta=num_meta), inputs, cu_seqlens, upstream)
+    return found, results(truth, inputs, cu_seqlens, upstream)
 
 
 def assert_same_results(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -1,14 +1,21 @@
 """Every backend of the causal conv against the reference, and the reference against the formula."""
 
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from hymba_tune.model.ops import cpu_scan, meta_first, portable, reference
-from tests.model.ops.cases import DTYPES, SEGMENTS, assert_same_results, needs_compiler, offsets, results
+from hymba_tune.model.ops import cpu_scan, portable, reference
+from tests.model.ops.cases import (
+    DTYPES,
+    SEGMENTS,
+    assert_same_results,
+    needs_compiler,
+    offsets,
+    results,
+    results_with_meta,
+)
 
 BACKENDS = [pytest.param(cpu_scan.causal_conv1d, marks=needs_compiler, id="cpu"), portable.causal_conv1d]
 
@@ -70,10 +77,7 @@ def test_with_meta_tokens_in_front_every_segment_continues_them(
     torch.manual_seed(6)
     inputs, ends = random_inputs(num_meta + sum(lengths), dtype=dtype), offsets(lengths)
     upstream = upstream_of(inputs, len(lengths))
-    truth = partial(meta_first.causal_conv1d, reference.causal_conv1d, meta=num_meta)
-    known = {name: t for name, t in inputs.items() if name != "initial_state"}
-    expected = results(truth, known, ends, upstream)
-    assert_same_results(results(partial(cpu_scan.causal_conv1d, num_meta=num_meta), inputs, ends, upstream), expected)
+    assert_same_results(*results_with_meta(cpu_scan.causal_conv1d, "causal_conv1d", num_meta, ends, inputs, upstream))
 
 
 @pytest.mark.parametrize("op", BACKENDS)

@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from hymba_tune.model.ops import cpu_scan, meta_first, portable, reference
+from hymba_tune.model.ops import cpu_scan, portable, reference
 from tests.model.ops.cases import (
     DTYPES,
     SEGMENTS,
@@ -16,6 +15,7 @@ from tests.model.ops.cases import (
     needs_compiler,
     offsets,
     results,
+    results_with_meta,
     wide,
 )
 
@@ -85,10 +85,7 @@ def test_with_meta_tokens_in_front_every_segment_continues_them(
     torch.manual_seed(6)
     inputs, ends = random_inputs(num_meta + sum(lengths), dtype=dtype), offsets(lengths)
     upstream = upstream_of(inputs, len(lengths))
-    truth = partial(meta_first.selective_scan, reference.selective_scan, meta=num_meta)
-    known = {name: t for name, t in inputs.items() if name != "initial_state"}
-    expected = results(truth, known, ends, upstream)
-    assert_same_results(results(partial(cpu_scan.selective_scan, num_meta=num_meta), inputs, ends, upstream), expected)
+    assert_same_results(*results_with_meta(cpu_scan.selective_scan, "selective_scan", num_meta, ends, inputs, upstream))
 
 
 @needs_compiler

@@ -3,16 +3,14 @@
 The interpreter is chosen when Triton is imported, so these tests run in a process of their own.
 """
 
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from hymba_tune.model.ops import meta_first, reference
+from hymba_tune.model.ops import reference
 from tests.model.ops import test_causal_conv1d as convs
-from tests.model.ops.cases import DTYPES, assert_same_results, offsets, results
+from tests.model.ops.cases import DTYPES, assert_same_results, offsets, results, results_with_meta
 from tests.model.ops.test_triton_scan import GPU, assert_close_on_a_gpu, run
 
 pytest.importorskip("triton", reason="triton is not installed: the dev extra brings it")
@@ -103,19 +101,9 @@ FEW = "[(torch.float64, 2), (torch.float32, None), (torch.bfloat16, 1)]"
 ALL = "[(dtype, n) for dtype in (torch.float64, torch.float32, torch.bfloat16) for n in (None, 1, 2)]"
 
 
-def results_with_meta(
-    op: Any, num_meta: int, cu_seqlens: Tensor, inputs: convs.Inputs, upstream: list[Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What an op and two calls of the reference make of num_meta meta tokens before the documents."""
-    inputs = {name: t for name, t in inputs.items() if name != "initial_state"}
-    found = results(partial(op, num_meta=num_meta), inputs, cu_seqlens, upstream)
-    truth = partial(meta_first.causal_conv1d, reference.causal_conv1d, meta=num_meta)
-    return found, results(truth, inputs, cu_seqlens, upstream)
-
-
 def check_with_meta(op: Any, num_meta: int, lengths: list[int], inputs: convs.Inputs) -> None:
     upstream = convs.upstream_of(inputs, len(lengths))
-    assert_same_results(*results_with_meta(op, num_meta, offsets(lengths), inputs, upstream))
+    assert_same_results(*results_with_meta(op, "causal_conv1d", num_meta, offsets(lengths), inputs, upstream))
 
 
 def test_outputs_states_and_gradients_are_the_reference_s() -> None:
@@ -198,9 +186,9 @@ def test_on_a_gpu_meta_tokens_come_before_every_document(num_meta: int, lengths:
     inputs = {name: t if t is None else t.cuda() for name, t in drawn.items()}
     upstream = [t.cuda() for t in convs.upstream_of(drawn, len(lengths))]
     ends = offsets(lengths).cuda()
-    found, expected = results_with_meta(triton_conv.causal_conv1d, num_meta, ends, inputs, upstream)
+    found, expected = results_with_meta(triton_conv.causal_conv1d, "causal_conv1d", num_meta, ends, inputs, upstream)
     assert_close_on_a_gpu(found, expected)
-    again, _ = results_with_meta(triton_conv.causal_conv1d, num_meta, ends, inputs, upstream)
+    again, _ = results_with_meta(triton_conv.causal_conv1d, "causal_conv1d", num_meta, ends, inputs, upstream)
     assert all(torch.equal(again[name], t) for name, t in found.items())
 
 
