@@ -35,10 +35,6 @@ typedef struct {
     REAL *totals;         /* (G,) of weights */
 } NAME(step_workspace);
 
-INLINE int64_t NAME(vectors)(int64_t size) {
-    return (size + LANES - 1) / LANES;
-}
-
 /* Where a row's vector i begins: the last one ends with the row and overlaps the one before. */
 INLINE int64_t NAME(begin)(int64_t size, int64_t i) {
     return MAX(0, MIN(i * LANES, size - LANES));
@@ -158,30 +154,6 @@ INLINE void NAME(weigh_all)(const NAME(step) *in, NAME(step_workspace) *w) {
             FOR_ALL_HEADS(weigh, span->v + j * span->v_stride, span->v_stride, count, in->value_size)
             at += count;
         }
-}
-
-/* Of whole vectors of scores. */
-INLINE REAL NAME(highest)(const REAL *scores, int64_t count) {
-    VEC peaks = NAME(load)(scores, LANES);
-    for (int64_t j = LANES; j < count; j += LANES) {
-        VEC z = NAME(load)(scores + j, LANES);
-        peaks = NAME(select)(z > peaks, z, peaks);
-    }
-    REAL peak = peaks[0];
-    for (int i = 1; i < LANES; i++) peak = MAX(peak, peaks[i]);
-    return peak;
-}
-
-/* Scores -> 2^(score - peak), and the sum of these. A NaN stays one. */
-INLINE REAL NAME(weights)(REAL *scores, int64_t count, REAL peak) {
-    VEC total = {0};
-    for (int64_t j = 0; j < count; j += LANES) {
-        VEC z = NAME(load)(scores + j, LANES) - peak;
-        VEC weight = NAME(select)(z == z, NAME(exp2)(z), z);
-        total += weight;
-        NAME(store)(scores + j, weight, LANES);
-    }
-    return NAME(sum_lanes)(total);
 }
 
 /* Scores -> weights, not yet divided by their total. */

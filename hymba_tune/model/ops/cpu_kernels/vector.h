@@ -1,5 +1,5 @@
 /* Vectors of LANES numbers of type REAL (float or double), their loads and stores as IO (float, double or bfloat16),
-   and the transcendental functions of the kernels as polynomials on them.
+   the transcendental functions of the kernels as polynomials on them, and the softmax that both attentions share.
 
    Included once for each type by kernels.c, which defines REAL, REAL_IS_DOUBLE, IO, IO_IS_BF16 and NAME(x), a name
    private to the type. Lanes run over channels: a block is LANES neighbouring channels (the last one may be narrower),
@@ -174,4 +174,33 @@ INLINE int NAME(blocks_in_group)(int64_t channels, int64_t first) {
 
 INLINE int NAME(lanes)(int64_t channels, int64_t channel) {
     return (int)MIN(LANES, channels - channel);
+}
+
+/* Vectors that hold so many numbers. */
+INLINE int64_t NAME(vectors)(int64_t size) {
+    return (size + LANES - 1) / LANES;
+}
+
+/* The highest of whole vectors of scores; a NaN is passed over. */
+INLINE REAL NAME(highest)(const REAL *scores, int64_t count) {
+    VEC peaks = NAME(load)(scores, LANES);
+    for (int64_t j = LANES; j < count; j += LANES) {
+        VEC z = NAME(load)(scores + j, LANES);
+        peaks = NAME(select)(z > peaks, z, peaks);
+    }
+    REAL peak = peaks[0];
+    for (int i = 1; i < LANES; i++) peak = MAX(peak, peaks[i]);
+    return peak;
+}
+
+/* Scores -> 2^(score - peak), and the sum of these. A NaN stays one. */
+INLINE REAL NAME(weights)(REAL *scores, int64_t count, REAL peak) {
+    VEC total = {0};
+    for (int64_t j = 0; j < count; j += LANES) {
+        VEC z = NAME(load)(scores + j, LANES) - peak;
+        VEC weight = NAME(select)(z == z, NAME(exp2)(z), z);
+        total += weight;
+        NAME(store)(scores + j, weight, LANES);
+    }
+    return NAME(sum_lanes)(total);
 }
