@@ -197,8 +197,9 @@ INLINE void NAME(attend_block)(const NAME(attention_plan) *plan, int64_t head, i
     }
     NAME(sight) all = {.last = in->prefix, .all_to = in->prefix};
     for (int r = 0; r < TILE; r++) all.to[r] = in->prefix;
-    const REAL *prefix_keys = plan->keys + head * (NAME(panels)(in->prefix) + NAME(panels)(in->tokens)) * in->size * PANEL;
-    const REAL *keys = prefix_keys + NAME(panels)(in->prefix) * in->size * PANEL;
+    int64_t of_prefix = NAME(panels)(in->prefix), panels = of_prefix + NAME(panels)(in->tokens);
+    const REAL *prefix_keys = plan->keys + head * panels * in->size * PANEL;
+    const REAL *keys = prefix_keys + of_prefix * in->size * PANEL;
     for (int64_t at = 0; at < in->prefix; at += CHUNK)
         for (int64_t t = 0; t < count; t++)
             NAME(attend_chunk)(in, tiles + t, &all, prefix_keys, in->prefix_v + head * in->value_size, at,
