@@ -87,11 +87,16 @@ def work(reports: Path, function: str, arguments: Sequence[str]) -> int:
 
 
 def report_failure(reports: Path, error: BaseException) -> None:
-    """Leave this rank's error where launch.py looks for it, and the traceback in its log."""
+    """Leave this rank's error where launch.py looks for it, and the traceback in its log.
+
+    That it hung stays said: as ranks that hang end one by one, the others lose their connection to them.
+    """
     rank = int(os.environ.get("RANK", "0"))
     with (reports / f"rank-{rank}.log").open("a", encoding="utf-8") as file:
         file.write("".join(traceback.format_exception(error)))
-    _write(reports / f"rank-{rank}.json", {"rank": rank, "time": time.time(), **_described(error)})
+    report = reports / f"rank-{rank}.json"
+    if not report.exists():
+        _write(report, {"rank": rank, "time": time.time(), **_described(error)})
 
 
 def report_hang(reports: Path, step: int, since: float, stack: traceback.StackSummary) -> None:

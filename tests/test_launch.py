@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +16,7 @@ import pytest
 from hymba_tune.errors import UserError
 from hymba_tune.launch import RankFailed, launch
 from hymba_tune.machines import Follower, Lead, Place
+from hymba_tune.rank import report_hang
 from hymba_tune.topology import Topology, config_names, find_config, free_port, read_sharing
 
 HERE = Path(__file__)
@@ -32,6 +34,11 @@ def fail(kind: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         raise UserError("trainer.x: 5: too much") if kind == "user" else ValueError("a bug")
     time.sleep(60)
+
+
+def hang_and_fail(reports: str) -> None:
+    report_hang(Path(reports), 3, time.time(), traceback.extract_stack())
+    raise RuntimeError("Connection closed by peer")
 
 
 def lead(function: str, argument: str, place: Place, reports: Path) -> None:
@@ -83,6 +90,11 @@ def test_every_rank_runs_and_only_the_first_prints_here(tmp_path: Path, capfd: p
 def test_the_first_failure_comes_back(tmp_path: Path, kind: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         start("fail", kind, tmp_path)
+
+
+def test_that_a_rank_hung_stays_said_when_it_then_loses_the_others(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no step since .* after step 3 in .*\.py:\d+ \(hang_and_fail\)"):
+        start("hang_and_fail", str(tmp_path), tmp_path)
 
 
 def test_two_launchers_make_one_world(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -40,7 +40,7 @@ def test_a_rank_that_hangs_ends_the_run_with_a_message(
     assert re.search(r"training: no step since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d: ", message)
     where = r"after step 3 in .*launched\.py:\d+ \(act\)" if how == "sleeping" else "silent"
     assert re.search(rf"rank 1 {where}", message)
-    assert re.search(r"rank 0 after step 3 in .*\.py:\d+ \(.*\)", message)
+    assert re.search(r"rank 0 after step 3 in .*\.py:\d+ \(.*\)", message), message
     assert "raise launch.step_timeout" in message
     assert not of_the_run(tmp_path)
     ranks = RunDir(tmp_path / "ddp").ranks
