@@ -3,14 +3,16 @@
 
    A row's key/value head is one task: its G query heads share every key and value that is read. What the token sees
    lies in up to four spans: the meta tokens, one or two of the slots (a ring may wrap) and the token itself. All scores
-   come first, then their softmax, then the values; a slot outside of the spans is never read.
+   come first, then their softmax, then the values; a slot outside of the spans is never read. A core fetches faster
+   from several places at a time: of a long span, each block takes a few keys from each of STREAMS parts.
 
    Shapes, row-major, IO: q (R, heads * G, d), k, v (R, heads, d and dv), meta_k, meta_v (M, heads, ..), cached_k,
    cached_v (R, heads, slots, ..), out (R, heads * G, dv). */
 
 #define MAX_HEADS 5      /* query heads whose sums are held in registers */
-#define BLOCK 32         /* keys or values that stay in the first cache while they are read several times */
-#define AHEAD 32         /* keys between the one that is read and the one that is fetched */
+#define STREAMS 4        /* places of a span that are read at a time */
+#define EACH MAX(1, LANES / STREAMS) /* keys of a block from each of them */
+#define AHEAD 16         /* keys between the one that is read and the one that is fetched */
 #define LITTLE (1 << 16) /* features to read that are no work for a second thread */
 
 typedef struct {
@@ -72,50 +74,50 @@ INLINE void NAME(load_queries)(const NAME(step) *in, int64_t task, NAME(step_wor
     }
 }
 
-/* Scores of `heads` query heads from number g on, against some keys that lie `stride` apart. */
-INLINE void NAME(score)(const NAME(step_workspace) *w, const IO *keys, int64_t stride, int64_t count, int64_t size,
-                        int64_t g, int heads, REAL *scores) {
+/* Key j of a block whose streams lie `apart` keys from each other. */
+INLINE int64_t NAME(key_number)(int64_t apart, int j) {
+    return j / EACH * apart + j % EACH;
+}
+
+/* Scores of `heads` query heads from number g on, against a block of keys that lie `stride` apart. */
+INLINE void NAME(score)(const NAME(step_workspace) *w, const IO *keys, int64_t stride, int64_t apart, int count,
+                        int64_t size, int64_t g, int heads, REAL *scores) {
     int64_t vectors = NAME(vectors)(size);
     int lanes = NAME(lanes)(size, 0);
     const VEC *q = w->q + g * vectors;
-    scores += g * w->padded;
-    for (int64_t first = 0; first < count; first += LANES) {
-        int together = NAME(lanes)(count, first);
-        VEC products[MAX_HEADS][LANES];
-        for (int j = 0; j < together; j++) {
-            const IO *key = keys + (first + j) * stride;
-            VEC sums[MAX_HEADS] = {0};
-            for (int64_t i = 0; i < vectors; i++) {
-                VEC k = NAME(load_io)(key + NAME(begin)(size, i), lanes);
-                __builtin_prefetch(key + AHEAD * stride + i * LANES);
+    VEC products[MAX_HEADS][LANES];
+    for (int j = 0; j < count; j++) {
+        const IO *key = keys + NAME(key_number)(apart, j) * stride;
+        VEC sums[MAX_HEADS] = {0};
+        for (int64_t i = 0; i < vectors; i++) {
+            VEC k = NAME(load_io)(key + NAME(begin)(size, i), lanes);
+            __builtin_prefetch(key + AHEAD * stride + i * LANES);
 #pragma GCC unroll 5
-                for (int n = 0; n < heads; n++) sums[n] += q[n * vectors + i] * k;
-            }
-#pragma GCC unroll 5
-            for (int n = 0; n < heads; n++) products[n][j] = sums[n];
+            for (int n = 0; n < heads; n++) sums[n] += q[n * vectors + i] * k;
         }
-        for (int n = 0; n < heads; n++)
-            NAME(store)(scores + n * w->padded + first, NAME(sum_each)(products[n]), together);
+#pragma GCC unroll 5
+        for (int n = 0; n < heads; n++) products[n][j] = sums[n];
     }
+    for (int n = 0; n < heads; n++)
+        NAME(store)(scores + (g + n) * w->padded, NAME(sum_each)(products[n]), count);
 }
 
-/* Adds some values, weighted, to the sums of `heads` query heads from number g on. */
-INLINE void NAME(weigh)(NAME(step_workspace) *w, const IO *values, int64_t stride, int64_t count, int64_t size,
-                        int64_t g, int heads, const REAL *weights) {
+/* Adds a block of values, weighted, to the sums of `heads` query heads from number g on. */
+INLINE void NAME(weigh)(NAME(step_workspace) *w, const IO *values, int64_t stride, int64_t apart, int count,
+                        int64_t size, int64_t g, int heads, const REAL *weights) {
     int64_t vectors = NAME(vectors)(size);
     int lanes = NAME(lanes)(size, 0);
     VEC *to = w->sums + g * vectors;
-    weights += g * w->padded;
     for (int64_t i = 0; i < vectors; i++) {
-        const IO *from = values + NAME(begin)(size, i);
         VEC sums[MAX_HEADS];
 #pragma GCC unroll 5
         for (int n = 0; n < heads; n++) sums[n] = to[n * vectors + i];
-        for (int64_t j = 0; j < count; j++) {
-            VEC v = NAME(load_io)(from + j * stride, lanes);
-            __builtin_prefetch(from + (j + BLOCK) * stride);
+        for (int j = 0; j < count; j++) {
+            const IO *value = values + NAME(key_number)(apart, j) * stride + NAME(begin)(size, i);
+            VEC v = NAME(load_io)(value, lanes);
+            __builtin_prefetch(value + AHEAD * stride);
 #pragma GCC unroll 5
-            for (int n = 0; n < heads; n++) sums[n] += weights[n * w->padded + j] * v;
+            for (int n = 0; n < heads; n++) sums[n] += weights[(g + n) * w->padded + j] * v;
         }
 #pragma GCC unroll 5
         for (int n = 0; n < heads; n++) to[n * vectors + i] = sums[n];
@@ -133,27 +135,25 @@ INLINE void NAME(weigh)(NAME(step_workspace) *w, const IO *values, int64_t strid
             default: NAME(done)(w, __VA_ARGS__, g, 5, w->scores + at);                  \
         }
 
-/* Blocks of the keys of all spans; `at` keys come before a block. */
-INLINE void NAME(score_all)(const NAME(step) *in, NAME(step_workspace) *w) {
-    int64_t at = 0;
-    for (const NAME(span) *span = w->spans; span < w->spans + 4; span++)
-        for (int64_t j = 0; j < span->count; j += BLOCK) {
-            int64_t count = MIN(BLOCK, span->count - j);
-            FOR_ALL_HEADS(score, span->k + j * span->k_stride, span->k_stride, count, in->size)
-            at += count;
+/* What is done, block by block, to the keys or values (`what`) of all spans; `at` of them come before a block. Each
+   part of a span gives EACH of them to a whole block; what no whole block takes comes last, in a row. */
+#define FOR_ALL_BLOCKS(done, what, size)                                                                  \
+    int64_t at = 0;                                                                                       \
+    for (const NAME(span) *span = w->spans; span < w->spans + 4; span++)                                  \
+        for (int64_t j = 0; j < span->count; j += LANES) {                                                \
+            int count = NAME(lanes)(span->count, j), whole = count == LANES;                              \
+            int64_t first = whole ? j / LANES * EACH : j, apart = whole ? span->count / LANES * EACH : EACH; \
+            FOR_ALL_HEADS(done, span->what + first * span->what##_stride, span->what##_stride, apart, count, size) \
+            at += count;                                                                                  \
         }
+
+INLINE void NAME(score_all)(const NAME(step) *in, NAME(step_workspace) *w) {
+    FOR_ALL_BLOCKS(score, k, in->size)
 }
 
-/* Blocks of their values. */
 INLINE void NAME(weigh_all)(const NAME(step) *in, NAME(step_workspace) *w) {
-    int64_t at = 0;
     memset(w->sums, 0, in->group * NAME(vectors)(in->value_size) * sizeof(VEC));
-    for (const NAME(span) *span = w->spans; span < w->spans + 4; span++)
-        for (int64_t j = 0; j < span->count; j += BLOCK) {
-            int64_t count = MIN(BLOCK, span->count - j);
-            FOR_ALL_HEADS(weigh, span->v + j * span->v_stride, span->v_stride, count, in->value_size)
-            at += count;
-        }
+    FOR_ALL_BLOCKS(weigh, v, in->value_size)
 }
 
 /* Scores -> weights, not yet divided by their total. */
@@ -212,7 +212,9 @@ void NAME(append_step)(const NAME(step) *in) {
 }
 
 #undef MAX_HEADS
-#undef BLOCK
+#undef STREAMS
+#undef EACH
 #undef AHEAD
 #undef LITTLE
 #undef FOR_ALL_HEADS
+#undef FOR_ALL_BLOCKS
