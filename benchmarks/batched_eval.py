@@ -3,7 +3,7 @@
     HYMBA_TUNE_DATA=FOLDER python -m benchmarks.batched_eval [--limit 200] [--processes 2]
 
 Both sides run the same task (gsm8k_upstream: five chat shots, at most 256 new tokens) on the same model, in float32,
-from reading the rows to the scores; models are loaded before. Ours deals its batches out to processes of one thread,
+from reading the rows to the scores; models are loaded before. Ours deals the questions out to processes of one thread,
 as `hymba-tune eval --processes` does; lm-eval's has the same cores as threads. Claim: the same answers, faster.
 
     as_it_ends      the tiny model ends most answers after a few tokens: reading prompts of 1,600 tokens is most of the
@@ -29,7 +29,7 @@ from benchmarks.record import write_result
 from hymba_tune.data.chat import load_tokenizer
 from hymba_tune.evaluation.gsm8k import gsm8k_splits, process_results
 from hymba_tune.evaluation.harness import FEWSHOT_SEED, read_task
-from hymba_tune.evaluation.suite import answer_share, collect_shares, run_suite
+from hymba_tune.evaluation.suite import collect_shares, run_suite
 from hymba_tune.model import load_model
 from hymba_tune.model.precision import choose_matmul_precision
 from hymba_tune.tiny import tiny_path
@@ -56,30 +56,31 @@ def loaded(ends: bool) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def answer(number: int, of: int, ends: bool, folder: Path, limit: int, batch_tokens: int) -> float:
-    """In a process of its own, what it does of the suite's answers; its processor seconds."""
+def share(
+    number: int, of: int, ends: bool, folder: Path, limit: int, batch_tokens: int
+) -> tuple[list[dict[str, Any]], float]:
+    """In a process of its own, its share of the suite: the results, if it is the first; its processor seconds."""
     torch.set_num_threads(1)
     choose_matmul_precision()
     model, tokenizer = loaded(ends)
     timer = Timer()
-    answer_share(model, tokenizer, [TASK], folder, (number, of), limit=limit, batch_tokens=batch_tokens)
-    return timer.seconds()["processor"]
+    results = run_suite(model, tokenizer, [TASK], folder, limit=limit, batch_tokens=batch_tokens, share=(number, of))
+    return results, timer.seconds()["processor"]
 
 
 def batched(
     pool: Pool, processes: int, ends: bool, limit: int, batch_tokens: int
 ) -> tuple[list[str], dict[str, float]]:
     """Answers of our suite, and its seconds."""
-    model, tokenizer = loaded(ends)
     timer = Timer()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         collect_shares(folder)
-        share = partial(answer, of=processes, ends=ends, folder=folder, limit=limit, batch_tokens=batch_tokens)
-        of_shares = sum(pool.map(share, range(processes), chunksize=1))
-        [result] = run_suite(model, tokenizer, [TASK], folder, limit=limit, batch_tokens=batch_tokens)
-    seconds = timer.seconds()
-    return [item["answer"] for item in result["items"]], seconds | {"processor": seconds["processor"] + of_shares}
+        run = partial(share, of=processes, ends=ends, folder=folder, limit=limit, batch_tokens=batch_tokens)
+        ([result], _), *_ = of_each = pool.map(run, range(processes), chunksize=1)
+    clock = timer.seconds()["clock"]
+    seconds = {"clock": clock, "processor": sum(processor for _, processor in of_each)}
+    return [item["answer"] for item in result["items"]], seconds
 
 
 def one_by_one(model: Any, tokenizer: Any, limit: int) -> tuple[list[str], dict[str, float]]:
@@ -136,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--batch-tokens", type=int, default=196_608)
+    parser.add_argument("--batch-tokens", type=int, default=212_992)
     arguments = parser.parse_args()
     processes, batch_tokens = arguments.processes, arguments.batch_tokens
     choose_matmul_precision()

@@ -22,7 +22,8 @@ from hymba_tune.data.chat import load_tokenizer
 from hymba_tune.errors import UserError
 from hymba_tune.evaluation.catalogue import Task, find_tasks
 from hymba_tune.evaluation.harness import LmEvalNotInstalled
-from hymba_tune.evaluation.suite import BATCH_TOKENS, answer_share, collect_shares, run_suite
+from hymba_tune.evaluation.results import read_result
+from hymba_tune.evaluation.suite import BATCH_TOKENS, collect_shares, run_suite
 from hymba_tune.launch import launch
 from hymba_tune.topology import Topology, find_config
 from hymba_tune.weights import find_weights, load_weights, own_device
@@ -41,7 +42,7 @@ def evaluate(
 ) -> None:
     """Run tasks on the weights called `name`, write a file a task into `out_dir` and print the scores.
 
-    Several processes share the batches, each on a device of its own; this one takes their answers over and scores them.
+    Several processes share the work, each on a device of its own; the first of them scores the answers of all.
 
     Raises UserError for unknown tasks, unusable weights and more processes than GPUs; nothing is written then.
     """
@@ -53,12 +54,14 @@ def evaluate(
         _check_processes(processes)
         _check_rows(found, data)
         _share_out(request, out_dir, processes)
-    results = _with_progress(run_suite, *request)
+        results = [result for task in found if (result := read_result(out_dir / f"{task}.json"))]
+    else:
+        results = _with_progress(run_suite, *request)
     Console().print(_table(results), f"\n{escape(str(out_dir))}")
 
 
 def _share_out(request: Sequence[str], out_dir: Path, processes: int) -> None:
-    """Have several processes answer a request into `out_dir`; what one raised before any answer leaves nothing."""
+    """Have several processes run a request into `out_dir`; what one raised before any answer leaves nothing."""
     fresh, reports = not out_dir.exists(), out_dir / "ranks"
     collect_shares(out_dir)
     try:
@@ -69,11 +72,12 @@ def _share_out(request: Sequence[str], out_dir: Path, processes: int) -> None:
             shutil.rmtree(out_dir)
         raise
     shutil.rmtree(reports)
+    collect_shares(out_dir)
 
 
 def evaluate_share(*request: str) -> None:
     """One process' share of the request of `evaluate`; rank and world size stand in the environment."""
-    _with_progress(partial(answer_share, share=(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))), *request)
+    _with_progress(partial(run_suite, share=(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))), *request)
 
 
 def _check_processes(processes: int) -> None:

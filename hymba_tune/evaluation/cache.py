@@ -1,17 +1,22 @@
 """Answers already computed, kept by what decides them: the model's weights, the prompt and the settings.
 
 One JSON line an answer, written as soon as it is known, so that a suite that was cut off goes on where it stopped. A
-line that a crash left half-written is dropped when the file is opened. Several processes write a file each, which one
-of them takes over.
+line that a crash left half-written is dropped when the file is opened. Several processes write a file each, and the
+first of them reads what the others write.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+import time
+from collections import ChainMap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO, cast
 
 import torch
+
+LOOK_SECONDS = 0.1
+"""How often a process that waits looks for what others have answered."""
 
 
 class AnswerCache:
@@ -27,6 +32,10 @@ class AnswerCache:
 
     def get(self, key: str) -> Any | None:
         return self._answers.get(key)
+
+    def all_of(self, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """The answers to all keys that anybody has, more of them each time, the last time all."""
+        yield {key: self._answers[key] for key in keys}
 
     def put(self, key: str, answer: Any) -> None:
         self._answers[key] = answer
@@ -59,20 +68,42 @@ class AnswerCache:
 
 
 class PartCache(AnswerCache):
-    """The file of one of several processes: it knows what `known` holds, and what it is given goes to `part` only.
+    """That of one of several processes: it knows what `known` holds, and what it is given goes to its own part only.
 
     All of them know the same, so that all see the same requests without an answer, of which each takes its share.
     """
 
-    def __init__(self, known: Path, part: Path):
+    def __init__(self, known: Path, parts: Sequence[Path], number: int):
         super().__init__(None)
         if known.exists():
             with _opened(known, "r") as file:
                 self._answers, _ = _whole_lines(file)
-        self._file = _opened(part, "w")
+        self._parts, self._read = parts, [0] * len(parts)
+        self._news: dict[str, Any] = {}
+        self._file = _opened(parts[number], "w")
 
     def put(self, key: str, answer: Any) -> None:
         self._write(key, answer)
+
+    def all_of(self, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """As AnswerCache's; waits for what other processes have not answered yet."""
+        while True:
+            self._read_parts()
+            known = ChainMap(self._news, self._answers)
+            found = {key: known[key] for key in keys if key in known}
+            yield found
+            if len(found) == len(keys):
+                return
+            time.sleep(LOOK_SECONDS)
+
+    def _read_parts(self) -> None:
+        """What was written to the parts since the last time."""
+        for number, part in enumerate(self._parts):
+            if part.exists():
+                with _opened(part, "r") as file:
+                    file.seek(self._read[number])
+                    answers, self._read[number] = _whole_lines(file)
+                self._news |= answers
 
 
 def _opened(path: Path, mode: str) -> TextIO:

@@ -38,7 +38,7 @@ class Answer:
 
 @dataclass
 class Work:
-    """What was really computed (cached answers cost nothing); seconds on the clock, of the slowest process."""
+    """What was really computed, by all processes (cached answers cost nothing); seconds on the clock."""
 
     seconds: float = 0.0
     new_tokens: int = 0
@@ -50,8 +50,8 @@ class Engine:
 
     max_new_tokens: a cap on every task's own limit (a model that does not stop), or None.
     max_length: longest prompt plus answer; default the model's `max_position_embeddings`.
-    share: this process' part, where several fill their caches side by side. Such a process only answers: what the
-        others answer is blank here, and so its scores mean nothing.
+    share: this process' part, where several answer side by side. The first waits for the others' answers; in the
+        others these are blank, and so their scores mean nothing.
     """
 
     model: Any
@@ -126,7 +126,6 @@ class Engine:
                 max_length=self.length,
                 share=self.share,
             ):
-                self.work.new_tokens += len(found.token_ids)
                 answer = Answer(found.text, len(found.token_ids), found.finish_reason, found.dropped_prompt_tokens)
                 yield position, asdict(answer)
 
@@ -155,7 +154,7 @@ class Engine:
     ) -> list[Any]:
         """Each key's value; `compute` gets the indices of those without one, yields (position among them, value).
 
-        Of several processes' shares, `blank` stands for the others'.
+        Of several processes the first waits for the others'; in these, `blank` stands for what others answer.
         """
         first: dict[str, int] = {}
         for index, key in enumerate(keys):
@@ -168,6 +167,16 @@ class Engine:
             done += self.share[1]  # the others are about as far
             if self.progress is not None:
                 self.progress(min(done, len(first)), len(first))
+        if self.share[0]:
+            return [blank if (value := self.cache.get(key)) is None else value for key in keys]
+        for found in self.cache.all_of(list(first)):
+            if self.progress is not None and len(found) > done:
+                self.progress(len(found), len(first))
         self.work.seconds += time.perf_counter() - start
-        found = [self.cache.get(key) for key in keys]
-        return found if self.share == WHOLE else [blank if value is None else value for value in found]
+        self.work.new_tokens += sum(_new_tokens(found[keys[index]]) for index in missing)
+        return [found[key] for key in keys]
+
+
+def _new_tokens(value: Any) -> int:
+    """Of a generated answer as the cache keeps it; a likelihood has none."""
+    return int(value["new_tokens"]) if isinstance(value, dict) else 0

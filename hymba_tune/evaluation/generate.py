@@ -90,7 +90,7 @@ def generate_as_finished(
     batch_tokens: most tokens of a batch, rows * (longest prompt + most new tokens); a single row may exceed it.
     max_length: longest prompt plus answer; default the model's `max_position_embeddings`. A prompt that leaves no room
         for its new tokens loses its leftmost tokens (lm-eval's rule) and says how many.
-    share: only this process' batches, every n-th; batches are the same however many processes there are.
+    share: only this process' prompts: of all, longest first, every n-th.
 
     Raises UserError for a prompt without tokens and for limits that cannot be met.
     """
@@ -99,7 +99,9 @@ def generate_as_finished(
     fitted = [_fit(index, prompt, limits[index], length) for index, prompt in enumerate(prompts)]
     stops = StopStrings(tokenizer, stop)
     eos = end_of_sequence_ids(model, tokenizer)
-    for batch in shared(batches_by_budget(fitted, limits, batch_tokens), share):
+    mine = list(shared(_longest_first(fitted), share))
+    for places in batches_by_budget([fitted[i] for i in mine], [limits[i] for i in mine], batch_tokens):
+        batch = [mine[place] for place in places]
         rows = _decode_batch(model, [fitted[i] for i in batch], [limits[i] for i in batch], stops, eos)
         for row, token_ids, reason in rows:
             index = batch[row]
@@ -107,10 +109,10 @@ def generate_as_finished(
             yield index, Generation(stops.trim(token_ids), token_ids, reason, dropped)
 
 
-def shared(batches: Iterable[T], share: Share) -> Iterator[T]:
-    """This process' batches."""
+def shared(work: Iterable[T], share: Share) -> Iterator[T]:
+    """This process' part of the work, every n-th piece."""
     process, processes = share
-    return islice(batches, process, None, processes)
+    return islice(work, process, None, processes)
 
 
 def end_of_sequence_ids(model: Any, tokenizer: Any) -> frozenset[int]:
@@ -126,7 +128,7 @@ def batches_by_budget(
     """Indices, longest prompt first, in batches where rows * (longest prompt + most new tokens) <= `batch_tokens`."""
     batches: list[list[int]] = []
     widest = most_new = 0
-    for index in sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i)):
+    for index in _longest_first(prompts):
         widest, most_new = max(widest, len(prompts[index])), max(most_new, new_tokens[index])
         if batches and (len(batches[-1]) + 1) * (widest + most_new) <= batch_tokens:
             batches[-1].append(index)
@@ -134,6 +136,10 @@ def batches_by_budget(
             batches.append([index])
             widest, most_new = len(prompts[index]), new_tokens[index]
     return batches
+
+
+def _longest_first(prompts: Sequence[Sequence[int]]) -> list[int]:
+    return sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
 
 
 class StopStrings:

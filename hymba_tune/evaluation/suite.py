@@ -3,14 +3,11 @@
 A task's file is kept while its settings (model, tokenizer, protocol, data, limits) are the same; answers are kept one
 by one in `answers.jsonl` beside the files, so a suite that was cut off goes on with the next unanswered prompt.
 
-Several processes: each answers its share of every task's batches (`answer_share`), and then one takes the answers over
-and scores them (`run_suite`).
+Several processes: each answers its share of every task's requests; the first waits for the others' answers and scores.
 """
 
 import json
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ from hymba_tune.data.benchmarks import BenchmarkNotFound
 from hymba_tune.evaluation.cache import AnswerCache, PartCache, text_fingerprint
 from hymba_tune.evaluation.catalogue import Task, find_tasks
 from hymba_tune.evaluation.engine import Engine, Work
-from hymba_tune.evaluation.generate import Share
+from hymba_tune.evaluation.generate import WHOLE, Share
 from hymba_tune.evaluation.harness import LmEvalNotInstalled
 from hymba_tune.evaluation.results import finished_result, not_run_result, read_result, write_result
 
@@ -43,6 +40,7 @@ def run_suite(
     batch_tokens: int = BATCH_TOKENS,
     max_new_tokens: int | None = None,
     progress: TaskProgress | None = None,
+    share: Share = WHOLE,
 ) -> list[Result]:
     """The results of tasks (tasks, suites, files: catalogue.find_tasks), in order, also written to `out_dir`/TASK.json.
 
@@ -52,71 +50,44 @@ def run_suite(
         data: folder with benchmark files; None for HYMBA_TUNE_DATA, else the hub.
         batch_tokens: most tokens of a batch (it changes speed and memory, not answers).
         max_new_tokens: a cap on each task's own limit, for models that do not stop.
+        share: of several processes that run the same, each one's; all but the first return and write no results. Call
+            collect_shares before the first of them starts, so that all find the same requests unanswered, and again
+            after the last.
 
     Raises UserError for an unknown task or broken data. Data that is not there makes a result that says so.
     """
     found, out_dir = find_tasks(tasks), Path(out_dir)
-    spent = collect_shares(out_dir)
-    cache = AnswerCache(out_dir / ANSWERS)
-    engine = Engine(model, tokenizer, cache, batch_tokens, max_new_tokens)
+    cache = _cache(out_dir, share)
+    engine = Engine(model, tokenizer, cache, batch_tokens, max_new_tokens, share=share)
     results = []
     try:
         for name, task in found.items():
             engine.progress = partial(progress, name) if progress is not None else None
-            engine.work = spent.get(name, Work())
+            engine.work = Work()
             result = _run_or_reuse(engine, name, task, out_dir, limit, data)
-            write_result(out_dir / f"{name}.json", result)
-            results.append(result)
+            if share[0] == 0:
+                write_result(out_dir / f"{name}.json", result)
+                results.append(result)
     finally:
         cache.close()
     return results
 
 
-def answer_share(
-    model: Any,
-    tokenizer: Any,
-    tasks: Sequence[str],
-    out_dir: str | Path,
-    share: Share,
-    *,
-    limit: int | None = None,
-    data: str | Path | None = None,
-    batch_tokens: int = BATCH_TOKENS,
-    max_new_tokens: int | None = None,
-    progress: TaskProgress | None = None,
-) -> None:
-    """One of several processes' answers to tasks, in a file of its own that run_suite takes over; else as run_suite.
-
-    Call collect_shares before the first of them starts, so that all of them find the same requests unanswered.
-    """
-    found, out_dir = find_tasks(tasks), Path(out_dir)
-    cache = PartCache(out_dir / ANSWERS, out_dir / f"answers-{share[0]}.jsonl")
-    engine = Engine(model, tokenizer, cache, batch_tokens, max_new_tokens, share=share)
-    spent: dict[str, Any] = {}
-    try:
-        for name, task in found.items():
-            engine.progress = partial(progress, name) if progress is not None else None
-            engine.work = Work()
-            _run_or_reuse(engine, name, task, out_dir, limit, data)
-            spent[name] = asdict(engine.work)
-            (out_dir / f"work-{share[0]}.json").write_text(json.dumps(spent), encoding="utf-8")
-    finally:
-        cache.close()
-
-
-def collect_shares(out_dir: Path) -> dict[str, Work]:
-    """Take over what processes left in `out_dir`: their answers, and each task's work, over all of them."""
+def collect_shares(out_dir: Path) -> None:
+    """Take over the answers that several processes left in `out_dir`."""
     cache = AnswerCache(out_dir / ANSWERS)
-    spent: dict[str, Work] = defaultdict(Work)
     for part in sorted(out_dir.glob("answers-*.jsonl")):
         cache.take_over(part)
     cache.close()
-    for file in sorted(out_dir.glob("work-*.json")):
-        for name, work in json.loads(file.read_text(encoding="utf-8")).items():
-            spent[name].seconds = max(spent[name].seconds, work["seconds"])
-            spent[name].new_tokens += work["new_tokens"]
-        file.unlink()
-    return spent
+
+
+def _cache(out_dir: Path, share: Share) -> AnswerCache:
+    process, processes = share
+    if share == WHOLE:
+        collect_shares(out_dir)
+        return AnswerCache(out_dir / ANSWERS)
+    parts = [out_dir / f"answers-{number}.jsonl" for number in range(processes)]
+    return PartCache(out_dir / ANSWERS, parts, process)
 
 
 def _run_or_reuse(

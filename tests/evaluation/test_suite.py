@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from hymba_tune.errors import UserError
-from hymba_tune.evaluation import suite
+from hymba_tune.evaluation import cache, suite
+from hymba_tune.evaluation.cache import PartCache
 from hymba_tune.evaluation.catalogue import SUITES, TASKS, Task, find_tasks
 from hymba_tune.evaluation.chat_task import ChatItem, Verdict, run_chat_task
 from hymba_tune.evaluation.engine import Engine
 from hymba_tune.evaluation.gsm8k import gsm8k_splits, run_gsm8k
-from hymba_tune.evaluation.suite import answer_share, collect_shares, run_suite
+from hymba_tune.evaluation.suite import collect_shares, run_suite
 
 pytest.importorskip("lm_eval")
 
@@ -123,23 +124,25 @@ def test_a_cut_suite_goes_on_with_the_next_prompt(tiny_hymba, character_tokenize
     assert len((out / "answers.jsonl").read_text().splitlines()) == 6
 
 
-def answer_shares(model: Any, tokenizer: Any, out: Path, data: Path, numbers: list[int]) -> None:
-    """What three processes of which only `numbers` come to their end leave behind: each prompt is a batch."""
+def shares_of_three(model: Any, tokenizer: Any, out: Path, data: Path, numbers: list[int]) -> list[Any]:
+    """The results of those of three processes that come to their end, one after the other; each prompt is a batch."""
     collect_shares(out)
-    for number in numbers:
-        answer_share(
-            model, tokenizer, ["gsm8k"], out, (number, 3), data=data, max_new_tokens=12, batch_tokens=1, progress=None
-        )
+    return [
+        run_suite(model, tokenizer, ["gsm8k"], out, data=data, max_new_tokens=12, batch_tokens=1, share=(number, 3))
+        for number in numbers
+    ]
 
 
 def test_shares_together_are_the_results_of_one_process(tiny_hymba, character_tokenizer, data, tmp_path, monkeypatch):
     out = tmp_path / "eval"
-    answer_shares(tiny_hymba, character_tokenizer, out, data, [0, 1, 2])
+    *others, [shared] = shares_of_three(tiny_hymba, character_tokenizer, out, data, [1, 2, 0])
+    assert others == [[], []]
     lines = [len((out / f"answers-{number}.jsonl").read_text().splitlines()) for number in range(3)]
     assert lines == [2, 2, 2]
+    collect_shares(out)
     with monkeypatch.context() as patched:
         patched.setattr(type(tiny_hymba), "forward", lambda *args, **kwargs: pytest.fail("computed again"))
-        shared = gsm8k_result(tiny_hymba, character_tokenizer, out, data)
+        assert gsm8k_result(tiny_hymba, character_tokenizer, out, data) == shared
     alone = gsm8k_result(tiny_hymba, character_tokenizer, tmp_path / "alone", data, batch_tokens=1)
     clock = ("seconds", "tokens_per_second")
     assert shared.keys() == alone.keys()
@@ -152,14 +155,30 @@ def test_shares_together_are_the_results_of_one_process(tiny_hymba, character_to
 
 def test_what_a_lost_process_left_is_shared_out_again(tiny_hymba, character_tokenizer, data, tmp_path):
     out = tmp_path / "eval"
-    answer_shares(tiny_hymba, character_tokenizer, out, data, [0, 2])
+    shares_of_three(tiny_hymba, character_tokenizer, out, data, [1, 2])
     with (out / "answers-2.jsonl").open("a") as file:
         file.write('{"key": "half a li')
-    answer_shares(tiny_hymba, character_tokenizer, out, data, [1])
+    shares_of_three(tiny_hymba, character_tokenizer, out, data, [1])
     assert len((out / "answers.jsonl").read_text().splitlines()) == 4
     assert len((out / "answers-1.jsonl").read_text().splitlines()) == 1  # the second of the two that were left
     resumed = gsm8k_result(tiny_hymba, character_tokenizer, out, data)
     assert resumed["items"] == gsm8k_result(tiny_hymba, character_tokenizer, tmp_path / "fresh", data)["items"]
+
+
+def test_the_first_process_waits_for_what_the_others_answer(tmp_path, monkeypatch):
+    parts = [tmp_path / f"answers-{number}.jsonl" for number in range(2)]
+    first = PartCache(tmp_path / "answers.jsonl", parts, 0)
+    first.put("a", 1)
+    later = iter(
+        [
+            lambda: None,
+            lambda: parts[1].write_text('{"key": "b", "answer": "\u00e9'),
+            lambda: parts[1].write_text('{"key": "b", "answer": "\u00e9!"}\n{"key": "c", "answer": 3}\n'),
+        ]
+    )
+    monkeypatch.setattr(cache.time, "sleep", lambda seconds: next(later)())
+    assert list(first.all_of(["c", "a", "b"])) == [{"a": 1}] * 3 + [{"c": 3, "a": 1, "b": "\u00e9!"}]
+    assert first.get("b") is None  # so that all see the same requests unanswered
 
 
 def test_batched_results_equal_one_prompt_at_a_time(tiny_hymba, character_tokenizer, data, tmp_path):
