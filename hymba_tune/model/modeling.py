@@ -94,24 +94,29 @@ class HybridHeadMixer(nn.Module):
         stream: Stream,
         rope: tuple[Tensor, Tensor],
         cache: HymbaCache | None,
+        asked: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """hidden (T, C); the producer's shared_k (T, Hkv, d), shared_v (T, Hkv, dv) -> output (T, C), the K/V used."""
+        """hidden (T, C); the producer's shared_k (T, Hkv, d), shared_v (T, Hkv, dv) -> output (T, C), the K/V used.
+
+        With `asked` (Q,), places in the stream of a prompt, the output is of these alone, (Q, C).
+        """
         q, k, v, x, gate = self.in_proj(hidden).split(self.sizes, dim=-1)
         attended = scanned = join = None
         if self.has_ssm:
             with beside(hidden) as join:
                 scanned = self._ssm(x, gate, stream, cache)
         if self.has_attention:
-            q = _rotate(q.unflatten(-1, (-1, self.head_dim)), rope)
+            q = _rotate(_of(asked, q).unflatten(-1, (-1, self.head_dim)), (_of(asked, rope[0]), _of(asked, rope[1])))
             if self.producer == self.layer:
                 shared_k = _rotate(k.unflatten(-1, (-1, self.head_dim)), rope)
                 # A copy: a view would keep the whole projection alive for as long as the consumers need V.
                 shared_v = v.unflatten(-1, (-1, self.value_head_dim)).contiguous()
             assert shared_k is not None
             assert shared_v is not None
-            attended = self._attend(q, shared_k, shared_v, stream, cache).flatten(1)
+            attended = self._attend(q, shared_k, shared_v, stream, cache, asked).flatten(1)
         if join is not None:
             join()
+        scanned = None if scanned is None else _of(asked, scanned)
         return self.out_proj(self._mix(attended, scanned)), shared_k, shared_v
 
     def _mix(self, attended: Tensor | None, scanned: Tensor | None) -> Tensor:
@@ -123,11 +128,15 @@ class HybridHeadMixer(nn.Module):
             return self.pre_avg_layernorm2(scanned)
         return mean_of_norms(self.pre_avg_layernorm1, attended, self.pre_avg_layernorm2, scanned)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, stream: Stream, cache: HymbaCache | None) -> Tensor:
-        """-> (T, H, dv)"""
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, stream: Stream, cache: HymbaCache | None, asked: Tensor | None
+    ) -> Tensor:
+        """-> (T, H, dv), or (Q, H, dv)"""
         if cache is not None and cache.is_initialized:
             return cache.attend(self.producer, q, k, v, stream, self.window)
-        return ops.segment_attention(q, k, v, stream.cu_seqlens, window=self.window, num_meta=stream.num_meta)
+        meta = stream.num_meta
+        queries = None if asked is None else asked - meta
+        return ops.segment_attention(q, k, v, stream.cu_seqlens, window=self.window, num_meta=meta, queries=queries)
 
     def _ssm(self, x: Tensor, gate: Tensor, stream: Stream, cache: HymbaCache | None) -> Tensor:
         """(T, Dn), (T, Dn) -> (T, Dn): the meta tokens first, then every document from the state they left."""
@@ -220,9 +229,10 @@ class DecoderLayer(GradientCheckpointingLayer):
         stream: Stream,
         rope: tuple[Tensor, Tensor],
         cache: HymbaCache | None = None,
+        asked: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        mixed, k, v = self.mamba(self.input_layernorm(hidden), shared_k, shared_v, stream, rope, cache)
-        hidden = hidden + mixed
+        mixed, k, v = self.mamba(self.input_layernorm(hidden), shared_k, shared_v, stream, rope, cache, asked)
+        hidden = _of(asked, hidden) + mixed
         return hidden + self.moe(self.pre_moe_layernorm(hidden)), k, v
 
 
@@ -290,6 +300,7 @@ class HymbaModel(HymbaPreTrainedModel):
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
+        last_slots: int | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """The backbone.
@@ -302,9 +313,11 @@ class HymbaModel(HymbaPreTrainedModel):
             use_cache: fill a cache (made here if none is passed).
             seq_idx: (B, L), cu_seq_lens_q, cu_seq_lens_k: (documents + 1,): packed documents. max_length_q and _k are
                 implied by them.
+            last_slots: how many slots at each row's end are asked for; None is all. Where a prompt is read without
+                gradients, the last layer then computes nothing else but what the cache needs.
 
         Returns:
-            last_hidden_state (B, L, C), zeros at padding; past_key_values; hidden_states if asked for.
+            last_hidden_state (B, L or last_slots, C), zeros at padding; past_key_values; hidden_states if asked for.
 
         Raises:
             ValueError: inputs contradict each other, or a cache is to be filled by packed rows or under gradient
@@ -329,12 +342,18 @@ class HymbaModel(HymbaPreTrainedModel):
         hidden = stream.flatten(embeds)
         if stream.num_meta:
             hidden = torch.cat([self.memory_tokens.to(hidden.dtype), hidden])
-        recorded = self._run_layers(hidden, stream, cache, bool(output_hidden_states))
-        last = stream.unflatten(self.final_layernorm(recorded[-1])[stream.num_meta :])
+        shown, asked = stream, None
+        continues = cache is not None and cache.is_initialized
+        if last_slots is not None and not (continues or output_hidden_states or torch.is_grad_enabled()):
+            shown, asked = stream.last(last_slots)
+        recorded = self._run_layers(hidden, stream, cache, bool(output_hidden_states), asked)
+        states = self.final_layernorm(recorded[-1])
+        last = shown.unflatten(states[stream.num_meta :] if asked is None else states)
         hidden_states = None
         if output_hidden_states:
             inner = [stream.unflatten(states[stream.num_meta :]) for states in recorded[:-1]]
             hidden_states = (*inner, last)
+        last = last if last_slots is None else last[:, -last_slots:]
         return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=cache, hidden_states=hidden_states)
 
     def _cached_stream(
@@ -358,8 +377,10 @@ class HymbaModel(HymbaPreTrainedModel):
             shape, meta, attention_mask, position_ids, cache.lengths, cache.get_seq_length(), device=device
         )
 
-    def _run_layers(self, hidden: Tensor, stream: Stream, cache: HymbaCache | None, record: bool) -> list[Tensor]:
-        """-> [.., output of the last layer]; with `record` preceded by the input of every layer."""
+    def _run_layers(
+        self, hidden: Tensor, stream: Stream, cache: HymbaCache | None, record: bool, asked: Tensor | None = None
+    ) -> list[Tensor]:
+        """-> [.., output of the last layer (at `asked` places)]; `record`: preceded by the input of every layer."""
         rope = _rope_table(stream.rope_ids, self.config, hidden.dtype)
         produced: dict[int, tuple[Tensor, Tensor]] = {}
         recorded = []
@@ -367,7 +388,8 @@ class HymbaModel(HymbaPreTrainedModel):
             if record:
                 recorded.append(hidden)
             shared_k, shared_v = produced.get(self.config.kv_producer(i), (None, None))
-            hidden, k, v = layer(hidden, shared_k, shared_v, stream=stream, rope=rope, cache=cache)
+            last = {} if asked is None or i + 1 < len(self.layers) else {"asked": asked}
+            hidden, k, v = layer(hidden, shared_k, shared_v, stream=stream, rope=rope, cache=cache, **last)
             if self.config.is_kv_producer(i):
                 produced[i] = (k, v)
         if cache is not None:
@@ -426,8 +448,10 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
             loss: mean cross-entropy (over `num_items_in_batch` if the Trainer passes it), 0 where nothing is scored;
             logits (B, kept, V), None while training with labels: the loss never holds the logits of a whole batch.
         """
+        only_last = labels is None and isinstance(logits_to_keep, int) and logits_to_keep > 0
+        last = {"last_slots": logits_to_keep} if only_last else {}
         outputs = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **last, **kwargs
         )
         hidden = outputs.last_hidden_state
         loss = logits = None
@@ -465,6 +489,11 @@ def _rope_table(rope_ids: Tensor, config: HymbaConfig, dtype: torch.dtype) -> tu
     angles = rope_ids.to(wide)[:, None] * (config.rope_base() ** -exponents)
     angles = torch.cat([angles, angles], dim=-1)[:, None]
     return angles.cos(), angles.sin()
+
+
+def _of(asked: Tensor | None, x: Tensor) -> Tensor:
+    """The rows of x that are asked for: all without a choice."""
+    return x if asked is None else x[asked]
 
 
 def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hymba_tune.model import HymbaForCausalLM
+from hymba_tune.model.ops import use_backend
 from tests.model.models import EXACT, gradients, logits_alone, random_documents, random_ids, random_model, tiny_config
 
 # The window is 3: documents shorter than it, as long, and long enough to cross it several times.
@@ -181,3 +182,30 @@ def test_isolation_would_be_seen_to_break() -> None:
     ]
     assert differences[0] < EXACT["atol"]
     assert min(differences[1:]) > 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count", [1, 3, 100])
+def test_the_last_slots_asked_for_alone_are_those_of_the_whole(
+    model: HymbaForCausalLM, arrange: Arrangement, count: int
+) -> None:
+    inputs = arrange(random_documents(LENGTHS)).inputs
+    whole = model(**inputs).logits[:, -count:]
+    torch.testing.assert_close(model(**inputs, logits_to_keep=count).logits, whole, **EXACT)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_cache_is_the_same_whatever_was_asked_for(model: HymbaForCausalLM, backend: str) -> None:
+    inputs = padded("left")(random_documents(LENGTHS)).inputs
+    read: list[int] = []
+    caches = []
+    with use_backend(backend):
+        for asked in (0, 2):
+            hook = model.model.layers[-1].moe.register_forward_hook(lambda _, states, __: read.append(len(states[0])))
+            caches.append(model(**inputs, use_cache=True, logits_to_keep=asked).past_key_values)
+            hook.remove()
+    assert read == [model.config.num_memory_tokens + sum(LENGTHS), sum(min(length, 2) for length in LENGTHS)]
+    for whole, part in zip(*(cache.layers for cache in caches), strict=True):
+        for name, value in whole.tensors().items():
+            assert torch.equal(value, part.tensors()[name]), name

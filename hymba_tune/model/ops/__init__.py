@@ -41,7 +41,8 @@ BACKENDS = ("auto", "reference", "cpu", "triton")
 ENVIRONMENT_VARIABLE = "HYMBA_TUNE_BACKEND"
 
 # A backend is a module with the operations as functions, DEVICES that it runs on, META_FIRST, the operations that take
-# meta tokens in front of the segments, and `available(op) -> (ok, reason)`.
+# meta tokens in front of the segments, `takes_queries(dtype)`, whether its attention may be asked by some tokens only,
+# and `available(op) -> (ok, reason)`.
 _MODULES = {
     "triton": "hymba_tune.model.ops.gpu",
     "cpu": "hymba_tune.model.ops.cpu",
@@ -128,16 +129,23 @@ def segment_attention(
     prefix_v: Tensor | None = None,
     window: int | None = None,
     num_meta: int = 0,
+    queries: Tensor | None = None,
 ) -> Tensor:
     """Windowed causal attention over segments with a shared prefix -> (T, H, dv); see reference.segment_attention.
 
-    `num_meta` meta tokens in front of them are that prefix: see meta_first.segment_attention.
+    `num_meta` meta tokens in front of them are that prefix: see meta_first.segment_attention. `queries` do not count
+    them.
     """
     backend = _backend("segment_attention", q.device.type)
+    if queries is not None and not backend.takes_queries(q.dtype):
+        at = queries + num_meta
+        every = q.new_zeros(len(k), *q.shape[1:]).index_copy(0, at, q)
+        return segment_attention(every, k, v, cu_seqlens, prefix_k, prefix_v, window, num_meta)[at]
+    asked = {} if queries is None else {"queries": queries}
     if num_meta and "segment_attention" not in backend.META_FIRST:
-        return meta_first.segment_attention(backend.segment_attention, q, k, v, cu_seqlens, window, num_meta)
+        return meta_first.segment_attention(backend.segment_attention, q, k, v, cu_seqlens, window, num_meta, **asked)
     native = {"num_meta": num_meta} if num_meta else {}
-    return backend.segment_attention(q, k, v, cu_seqlens, prefix_k, prefix_v, window, **native)
+    return backend.segment_attention(q, k, v, cu_seqlens, prefix_k, prefix_v, window, **native, **asked)
 
 
 def elementwise(device: torch.device) -> ModuleType | None:

@@ -5,9 +5,18 @@ from __future__ import annotations
 from types import ModuleType
 
 from hymba_tune.model.ops import cpu_elementwise, cpu_library, cpu_scan, cpu_steps, portable, reference_steps
-from hymba_tune.model.ops.cpu_attention import segment_attention
+from hymba_tune.model.ops.cpu_attention import segment_attention, takes_queries
 
-__all__ = ["DEVICES", "available", "causal_conv1d", "elementwise", "segment_attention", "selective_scan", "steps"]
+__all__ = [
+    "DEVICES",
+    "available",
+    "causal_conv1d",
+    "elementwise",
+    "segment_attention",
+    "selective_scan",
+    "steps",
+    "takes_queries",
+]
 
 DEVICES = ("cpu",)
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,8 +33,8 @@ QUERIES = 128
 ALIGNMENT = 64
 
 
-_SIZES = "threads tokens prefix heads group size value_size segments window"
-_Inputs = cpu_library.structure(f"{_SIZES} scale cu_seqlens q k v prefix_k prefix_v out", _SIZES, "scale")
+_SIZES = "threads tokens queries prefix heads group size value_size segments window"
+_Inputs = cpu_library.structure(f"{_SIZES} scale cu_seqlens asking q k v prefix_k prefix_v out", _SIZES, "scale")
 
 
 class Strip(NamedTuple):
@@ -61,6 +62,7 @@ def segment_attention(
     prefix_k: Tensor | None = None,
     prefix_v: Tensor | None = None,
     window: int | None = None,
+    queries: Tensor | None = None,
 ) -> Tensor:
     """Windowed causal attention over segments with a shared prefix -> (T, H, dv); see reference.segment_attention.
 
@@ -73,7 +75,15 @@ def segment_attention(
     operands = [t.to(dtype) for t in (q, k, v, prefix_k, prefix_v)]
     # Every product below has its precision; autocast would round float32 scores.
     with torch.autocast("cpu", enabled=False):
-        return _Attention.apply(*operands, tuple(cu_seqlens.tolist()), window).to(q.dtype)
+        boundaries = tuple(cu_seqlens.tolist())
+        if queries is not None:
+            return _compiled(operands, boundaries, window, queries).to(q.dtype)
+        return _Attention.apply(*operands, boundaries, window).to(q.dtype)
+
+
+def takes_queries(dtype: torch.dtype) -> bool:
+    """Whether segment_attention may be given `queries`: where the kernel computes, without gradients."""
+    return _has_kernel(dtype) and not torch.is_grad_enabled()
 
 
 @functools.lru_cache(maxsize=4)
@@ -116,8 +126,8 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, prefix_k, prefix_v)
         ctx.boundaries, ctx.window = boundaries, window
-        if q.dtype in (torch.float32, torch.float64) and cpu_library.problem() is None:
-            return _compiled(q, k, v, prefix_k, prefix_v, boundaries, window)
+        if _has_kernel(q.dtype):
+            return _compiled((q, k, v, prefix_k, prefix_v), boundaries, window)
         return _Heads(q, k, v, prefix_k, prefix_v).forward(plan(boundaries, window))
 
     @staticmethod
@@ -133,23 +143,23 @@ class _Attention(torch.autograd.Function):
         return grad_q, grad_k, grad_v, grad_prefix_k, grad_prefix_v, None, None
 
 
+def _has_kernel(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float32, torch.float64) and cpu_library.problem() is None
+
+
 def _compiled(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    boundaries: tuple[int, ...],
-    window: int | None,
+    operands: Sequence[Tensor], boundaries: tuple[int, ...], window: int | None, queries: Tensor | None = None
 ) -> Tensor:
-    """-> (T, H, dv) by the C kernel."""
-    (tokens, heads, size), (_, kv_heads, value_size) = q.shape, v.shape
-    out = q.new_empty(tokens, heads, value_size)
-    sizes = (len(prefix_k), kv_heads, heads // kv_heads, size, value_size, len(boundaries) - 1)
+    """-> (T, H, dv) by the C kernel, of the `queries` alone (Q, H, dv)."""
+    q, _, v, prefix_k, _ = operands
+    (asking, heads, size), (tokens, kv_heads, value_size) = q.shape, v.shape
+    out = q.new_empty(asking, heads, value_size)
+    sizes = (asking, len(prefix_k), kv_heads, heads // kv_heads, size, value_size, len(boundaries) - 1)
     numbers = (torch.get_num_threads(), tokens, *sizes, tokens if window is None else window)
-    inputs = [torch.tensor(boundaries), *(t.contiguous() for t in (q, k, v, prefix_k, prefix_v)), out]
+    chosen = None if queries is None else queries.long().contiguous()
+    inputs = [torch.tensor(boundaries), chosen, *(t.contiguous() for t in operands), out]
     scale = size**-0.5 * math.log2(math.e)
-    of_call = _Inputs(*numbers, scale, *(t.data_ptr() for t in inputs))
+    of_call = _Inputs(*numbers, scale, *(None if t is None else t.data_ptr() for t in inputs))
     cpu_library.kernel("attention_forward", q.dtype)(ctypes.byref(of_call))
     return out
 

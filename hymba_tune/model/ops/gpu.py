@@ -14,7 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["DEVICES", "available", "causal_conv1d", "elementwise", "segment_attention", "selective_scan", "steps"]
+__all__ = [
+    "DEVICES",
+    "available",
+    "causal_conv1d",
+    "elementwise",
+    "segment_attention",
+    "selective_scan",
+    "steps",
+    "takes_queries",
+]
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ("cuda", "cpu") if _INTERPRETED else ("cuda",)
@@ -41,6 +50,11 @@ def segment_attention(*inputs: Any, **named: Any) -> Tensor:
     from hymba_tune.model.ops import triton_attention
 
     return triton_attention.segment_attention(*inputs, **named)
+
+
+def takes_queries(dtype: torch.dtype) -> bool:
+    """Whether segment_attention may be given `queries`."""
+    return False
 
 
 def causal_conv1d(*inputs: Any, **named: Any) -> tuple[Tensor, Tensor]:

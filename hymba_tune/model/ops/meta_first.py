@@ -48,9 +48,20 @@ def causal_conv1d(
 
 
 def segment_attention(
-    op: Op, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None, meta: int
+    op: Op,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    window: int | None,
+    meta: int,
+    queries: Tensor | None = None,
 ) -> Tensor:
-    """(M + T, H, dv); the window does not count between meta tokens."""
+    """(M + T, H, dv), of `queries`, which are not meta tokens, (Q, H, dv); no window counts between meta tokens."""
+    if queries is not None:
+        (k_m, v_m), (k, v) = _split((k, v), meta)
+        some: Tensor = op(q, k, v, cu_seqlens, k_m, v_m, window, queries=queries)
+        return some
     (q_m, k_m, v_m), (q, k, v) = _split((q, k, v), meta)
     of_meta = op(q_m, k_m, v_m, _alone(cu_seqlens, meta))
     return torch.cat([of_meta, op(q, k, v, cu_seqlens, k_m, v_m, window)])

@@ -23,6 +23,10 @@ def available(op: str) -> tuple[bool, str]:
     return True, "plain torch, the truth that the other backends are tested against; slow"
 
 
+def takes_queries(dtype: torch.dtype) -> bool:
+    return True
+
+
 def elementwise() -> None:
     """No kernels: the model's own formulas compute norms, RoPE and SwiGLU."""
 
@@ -113,6 +117,7 @@ def segment_attention(
     prefix_k: Tensor | None = None,
     prefix_v: Tensor | None = None,
     window: int | None = None,
+    queries: Tensor | None = None,
 ) -> Tensor:
     """Causal attention inside each segment, with grouped key/value heads and a prefix that every token sees.
 
@@ -122,12 +127,14 @@ def segment_attention(
     Args:
         q: (T, H, d). k: (T, Hkv, d). v: (T, Hkv, dv). prefix_k: (P, Hkv, d). prefix_v: (P, Hkv, dv).
         window: past tokens a query sees besides itself; None is all of them.
+        queries: (Q,) rising; only these tokens ask, q is (Q, H, d). None is all of them.
 
     Returns:
-        (T, H, dv) in q's dtype.
+        (T, H, dv), or (Q, H, dv), in q's dtype.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
-    visible = visible_tokens(cu_seqlens, len(q), window)
+    visible = visible_tokens(cu_seqlens, len(k), window)
+    visible = visible if queries is None else visible[queries]
     if prefix_k is not None and prefix_v is not None:
         k, v = torch.cat([prefix_k, k]), torch.cat([prefix_v, v])
         visible = F.pad(visible, (len(prefix_k), 0), value=True)

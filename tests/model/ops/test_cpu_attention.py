@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hymba_tune.model import ops
 from hymba_tune.model.ops import cpu_attention, cpu_library, reference
 from tests.model.ops.cases import needs_compiler
 
@@ -153,6 +154,24 @@ def test_keys_scored_grow_with_the_window_and_not_with_the_length():
     assert scored(16_384) < 2.1 * scored(8_192)
     short = tuple(range(0, 16_385, 64))
     assert max(block.stop - block.first_key for block in cpu_attention.plan(short, 256)) <= cpu_attention.QUERIES
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("meta", [0, 5])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_some_queries_get_what_they_get_among_all(dtype, window, meta):
+    lengths = [1, 0, 63, 1, 130, 0, 305]
+    given = operands(meta + sum(lengths), None, dtype)
+    q, k, v = (given[name].detach() for name in "qkv")
+    queries = torch.tensor([0, 1, 2, 60, 64, 65, 70, 194, 195, 499])
+    whole = ops.segment_attention(q, k, v, boundaries(lengths), window=window, num_meta=meta)[meta + queries]
+    some = ops.segment_attention(
+        q[meta + queries], k, v, boundaries(lengths), window=window, num_meta=meta, queries=queries
+    )
+    torch.testing.assert_close(some, whole, atol=1e-12 if dtype == torch.float64 else 2**-7, rtol=0)
+    none = ops.segment_attention(q[:0], k, v, boundaries(lengths), window=window, num_meta=meta, queries=queries[:0])
+    assert none.shape == (0, *whole.shape[1:])
 
 
 @needs_compiler

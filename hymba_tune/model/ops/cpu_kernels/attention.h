@@ -1,12 +1,12 @@
 /* Segment attention of reference.py, forward, with scores that never leave the first cache.
 
-   Rows are (query, head of its group), T * G of them a key/value head. TILE rows meet PANEL keys at a time: a product
+   Rows are (query, head of its group), Q * G of them a key/value head. TILE rows meet PANEL keys at a time: a product
    of registers. A block of tiles takes a CHUNK of keys and values through the second cache together; what a tile has
    summed so far is scaled down where a chunk brings a higher score. Rows see a prefix, then in the stream the tokens
    from `first_seen` to their own.
 
-   Shapes, row-major: q (T, heads * G, d), k, v (T, heads, d and dv), prefix_k, prefix_v (P, heads, ..), out
-   (T, heads * G, dv). Packed keys are (heads, panels, d, PANEL), the prefix's panels first; rows of sums are as wide as
+   Shapes, row-major: q (Q, heads * G, d) of all tokens or of some, k, v (T, heads, d and dv), prefix_k, prefix_v
+   (P, heads, ..), out (Q, heads * G, dv). Packed keys are (heads, panels, d, PANEL), the prefix's panels first; rows of sums are as wide as
    whole vectors. */
 
 #if !IO_IS_BF16 /* whose products a CPU has other units for */
@@ -18,9 +18,9 @@
 #define TOGETHER 3 /* vectors of a value */
 
 typedef struct {
-    int64_t threads, tokens, prefix, heads, group, size, value_size, segments, window; /* window: T and more is none */
+    int64_t threads, tokens, queries, prefix, heads, group, size, value_size, segments, window; /* window: T and more is none */
     double scale; /* of scores, which are exponents of 2 */
-    const int64_t *cu_seqlens;
+    const int64_t *cu_seqlens, *asking; /* (Q,) the tokens that are queries, in order; null where all are */
     const REAL *q, *k, *v, *prefix_k, *prefix_v;
     REAL *out;
 } NAME(attention);
@@ -67,13 +67,14 @@ INLINE void NAME(look)(NAME(sight) *sight) {
 INLINE void NAME(start_tile)(const NAME(attention_plan) *plan, NAME(tile) *tile, int64_t head, int64_t row) {
     const NAME(attention) *in = plan->in;
     tile->row = row;
-    tile->rows = MIN(TILE, in->tokens * in->group - row);
+    tile->rows = MIN(TILE, in->queries * in->group - row);
     for (int r = 0; r < TILE; r++) {
         int64_t at = row + MIN(r, tile->rows - 1), query = at / in->group;
+        int64_t token = in->asking ? in->asking[query] : query;
         const REAL *q = in->q + ((query * in->heads + head) * in->group + at % in->group) * in->size;
         for (int64_t i = 0; i < in->size; i++) tile->q[i * TILE + r] = q[i] * (REAL)in->scale;
-        tile->stream.from[r] = plan->first_seen[query];
-        tile->stream.to[r] = query + 1;
+        tile->stream.from[r] = plan->first_seen[token];
+        tile->stream.to[r] = token + 1;
         tile->peaks[r] = -(REAL)INFINITY;
         tile->totals[r] = 0;
     }
@@ -189,7 +190,7 @@ INLINE void NAME(finish_tile)(const NAME(attention) *in, const NAME(tile) *tile,
 INLINE void NAME(attend_block)(const NAME(attention_plan) *plan, int64_t head, int64_t row, NAME(tile) *tiles,
                                REAL *scores) {
     const NAME(attention) *in = plan->in;
-    int64_t rows = in->tokens * in->group, count = 0, last = 0, first = in->tokens;
+    int64_t rows = in->queries * in->group, count = 0, last = 0, first = in->tokens;
     for (; count < TILES_OF_A_BLOCK && row + count * TILE < rows; count++) {
         NAME(start_tile)(plan, tiles + count, head, row + count * TILE);
         first = MIN(first, tiles[count].stream.first);
@@ -232,7 +233,7 @@ INLINE void NAME(pack_keys)(const NAME(attention) *in, REAL *packed) {
 }
 
 void NAME(attention_forward)(const NAME(attention) *in) {
-    int64_t rows = TILE * TILES_OF_A_BLOCK, blocks = (in->tokens * in->group + rows - 1) / rows;
+    int64_t rows = TILE * TILES_OF_A_BLOCK, blocks = (in->queries * in->group + rows - 1) / rows;
     int64_t panels = NAME(panels)(in->prefix) + NAME(panels)(in->tokens);
     int64_t width = in->size + NAME(vectors)(in->value_size) * LANES; /* of a row's query and sums */
     NAME(attention_plan) plan = {in, malloc(MAX(1, in->tokens) * sizeof(int64_t)),
