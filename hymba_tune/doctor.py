@@ -22,9 +22,9 @@ from hymba_tune.provenance import hardware, version
 OPTIONAL = {
     "deepspeed": "training on several GPUs with ZeRO: pip install -e '.[deepspeed]'",
     "lm-eval": "GSM8K, IFEval and GPQA by their standard protocols: pip install -e '.[eval]'",
-    "mamba-ssm": "only what the GPU scan is measured against: pip install --no-build-isolation -e '.[cuda]'",
-    "causal-conv1d": "part of mamba-ssm; hymba-tune has a conv of its own",
-    "flash-attn": "not used: hymba-tune's attention takes meta tokens and values wider than keys",
+    "mamba-ssm": "model.backend: packages, one document: pip install --no-build-isolation -e '.[cuda]'",
+    "causal-conv1d": "model.backend: packages, one document; installed with mamba-ssm",
+    "flash-attn": "model.backend: packages, documents within the window, so global layers; installed with mamba-ssm",
 }
 """Packages that nothing needs, what each is for and how it comes."""
 

@@ -59,7 +59,7 @@ class ModelSection(_Section):
     config: dict[str, Any] | None = None
     tokenizer: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    backend: Literal["auto", "reference", "cpu", "triton"] = "auto"
+    backend: Literal["auto", "reference", "cpu", "triton", "packages"] = "auto"
 
 
 Benchmark = Literal[

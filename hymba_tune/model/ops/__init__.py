@@ -37,7 +37,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 OPS = ("selective_scan", "causal_conv1d", "segment_attention", "elementwise", "steps")
-BACKENDS = ("auto", "reference", "cpu", "triton")
+BACKENDS = ("auto", "reference", "cpu", "triton", "packages")
 ENVIRONMENT_VARIABLE = "HYMBA_TUNE_BACKEND"
 
 # A backend is a module with the operations as functions, DEVICES that it runs on, META_FIRST, the operations that take
@@ -47,6 +47,7 @@ _MODULES = {
     "triton": "hymba_tune.model.ops.gpu",
     "cpu": "hymba_tune.model.ops.cpu",
     "reference": "hymba_tune.model.ops.reference",
+    "packages": "hymba_tune.model.ops.packages",
 }
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton",)}
 
@@ -161,7 +162,7 @@ def steps(device: torch.device) -> ModuleType:
 
 
 def explain() -> list[OpChoice]:
-    """Every operation in every backend, in order of `auto`'s preference: whether it can run here, and why."""
+    """Every operation in every backend: whether it can run here, and why. Last comes what `auto` never takes."""
     return [OpChoice(op, name, *_load(name).available(op)) for op in OPS for name in _MODULES]
 
 

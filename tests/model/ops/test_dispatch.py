@@ -46,7 +46,7 @@ def test_a_named_backend_that_cannot_run_raises() -> None:
 
 
 def test_an_unknown_backend_is_refused() -> None:
-    with pytest.raises(UserError, match="'cuda' is no backend; choose one of auto, reference, cpu, triton"):
+    with pytest.raises(UserError, match="'cuda' is no backend; choose one of auto, reference, cpu, triton, packages"):
         ops.use_backend("cuda")
 
 
