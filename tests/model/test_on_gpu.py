@@ -71,6 +71,20 @@ def test_loss_and_every_gradient(reference_model, packed, truth, precision, chec
     assert max(errors.values()) < (BFLOAT16 if bfloat16 else FLOAT32), max(errors.items(), key=lambda item: item[1])
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_loss_and_every_gradient_of_a_document_on_the_packages(reference_model, packed, precision):
+    for package in ("mamba_ssm", "causal_conv1d", "flash_attn"):
+        pytest.importorskip(package)
+    document, bfloat16 = {name: t[:, : LENGTHS[0]] for name, t in packed.items()}, precision == "bfloat16"
+    with ops.use_backend("reference"):
+        wanted = loss_and_gradients(reference_model, document, "cpu", enabled=False)
+    with ops.use_backend("packages"):
+        model = on_gpu(reference_model).train()
+        found = loss_and_gradients(model, document, "cuda", dtype=torch.bfloat16, enabled=bfloat16)
+    errors = {name: error(found[name], value) for name, value in wanted.items() if value.norm() > 1e-9}
+    assert max(errors.values()) < (BFLOAT16 if bfloat16 else FLOAT32), max(errors.items(), key=lambda item: item[1])
+
+
 def test_a_document_does_not_see_its_neighbours(reference_model, packed):
     """Other tokens in the first document, equal bits in the others."""
     model = on_gpu(reference_model)
