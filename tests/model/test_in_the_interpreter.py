@@ -1,4 +1,4 @@
-"""The whole model on the GPU's kernels, in Triton's interpreter: loss and gradients are those of plain torch.
+"""The whole model on the GPU's kernels, in Triton's interpreter: loss, gradients and last logits are plain torch's.
 
 The interpreter is chosen when Triton is imported, so the test runs in a process of its own.
 """
@@ -38,6 +38,13 @@ def loss_and_gradients(backend):
 found, expected = loss_and_gradients("triton"), loss_and_gradients("reference")
 for name, gradient in expected.items():
     torch.testing.assert_close(found[name], gradient, msg=lambda said, name=name: f"{name}: {said}", **EXACT)
+
+@torch.no_grad()
+def last_logits(backend):
+    with ops.use_backend(backend):
+        return model.eval()(input_ids=ids, position_ids=places, use_cache=False, logits_to_keep=2).logits
+
+torch.testing.assert_close(last_logits("triton"), last_logits("reference"), **EXACT)
 print("all equal")
 """
 
