@@ -22,7 +22,6 @@ from hymba_tune.data.chat import load_tokenizer
 from hymba_tune.errors import UserError
 from hymba_tune.evaluation.catalogue import Task, find_tasks
 from hymba_tune.evaluation.harness import LmEvalNotInstalled
-from hymba_tune.evaluation.results import read_result
 from hymba_tune.evaluation.suite import BATCH_TOKENS, collect_shares, run_suite
 from hymba_tune.launch import launch
 from hymba_tune.topology import Topology, find_config
@@ -54,7 +53,7 @@ def evaluate(
         _check_processes(processes)
         _check_rows(found, data)
         _share_out(request, out_dir, processes)
-        results = [result for task in found if (result := read_result(out_dir / f"{task}.json"))]
+        results = [json.loads((out_dir / f"{task}.json").read_text(encoding="utf-8")) for task in found]
     else:
         results = _with_progress(run_suite, *request)
     Console().print(_table(results), f"\n{escape(str(out_dir))}")

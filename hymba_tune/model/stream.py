@@ -53,18 +53,18 @@ class Stream:
     def last(self, count: int) -> tuple[Stream, Tensor]:
         """The last `count` slots of each row, as a stream, and where in this one their tokens lie, (tokens,)."""
         (rows, columns), device = self.shape, self.rope_ids.device
-        kept = slice(max(0, columns - count), None)
+        count = min(count, columns)
+        kept = slice(columns - count, None)
         if self.real is None:
             real = slots = None
             tokens = torch.arange(rows * columns, device=device).reshape(rows, columns)[:, kept].flatten()
-            lengths = torch.full((rows,), len(tokens) // rows, device=device)
+            lengths = torch.full((rows,), count, device=device)
         else:
             real = self.real[:, kept]
             number = self.real.flatten().cumsum(0).reshape(rows, columns) - 1
             tokens, slots, lengths = number[:, kept][real], real.flatten().nonzero().squeeze(1), real.sum(1)
         places = self.num_meta + tokens
-        shape, ends = (rows, min(count, columns)), _offsets(lengths)
-        return Stream(shape, 0, ends, real, slots, self.rope_ids[places]), places
+        return Stream((rows, count), 0, _offsets(lengths), real, slots, self.rope_ids[places]), places
 
     def row_lengths(self) -> Tensor:
         """(B,) int64: real tokens in each row."""
