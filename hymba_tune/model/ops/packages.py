@@ -157,7 +157,9 @@ def _planned(cu_seqlens: Tensor, keys: int, prefix: int, alone: bool) -> _Plan:
         rows = torch.cat([torch.arange(prefix, device=device), rows])
         ends_q, ends_k = (F.pad(ends + prefix, (1, 0)) for ends in (ends_q, ends_k))
         longest_q = max(longest_q, prefix)
-    return _Plan(rows, ends_q.int(), ends_k.int(), longest_q, longest_k)
+    # Copies, of 32-bit boundaries too: see segments.kept.
+    ends_q, ends_k = (ends.to(torch.int32, copy=True) for ends in (ends_q, ends_k))
+    return _Plan(rows, ends_q, ends_k, longest_q, longest_k)
 
 
 def _longest(cu_seqlens: Tensor) -> int:
