@@ -9,6 +9,8 @@ model: that share, `libraries_mb`, is no part of the plan.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import subprocess
 import sys
@@ -102,6 +104,8 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, int]:
         train_sft(recipe, HymbaForCausalLM(config), tokenizer, Dataset.from_list(rows), None, run)
 
     train(tiny_config(), "libraries")
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed, but would serve the next steps unseen
     libraries = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
     train(HymbaConfig(**case["config"]), "measured")

@@ -80,10 +80,18 @@ def work(reports: Path, function: str, arguments: Sequence[str]) -> int:
     try:
         module, _, name = function.partition(":")
         getattr(importlib.import_module(module), name)(*arguments)
+        _leave_groups()
     except Exception as error:
         report_failure(reports, error)
         return 1
     return 0
+
+
+def _leave_groups() -> None:
+    """End torch's process groups in time: threads that they still have as the process ends may abort it."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def report_failure(reports: Path, error: BaseException) -> None:
