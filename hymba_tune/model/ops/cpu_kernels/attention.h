@@ -6,8 +6,8 @@
    from `first_seen` to their own.
 
    Shapes, row-major: q (Q, heads * G, d) of all tokens or of some, k, v (T, heads, d and dv), prefix_k, prefix_v
-   (P, heads, ..), out (Q, heads * G, dv). Packed keys are (heads, panels, d, PANEL), the prefix's panels first; rows of sums are as wide as
-   whole vectors. */
+   (P, heads, ..), out (Q, heads * G, dv). Packed keys are (heads, panels, d, PANEL), the prefix's panels first; rows of
+   sums are as wide as whole vectors. */
 
 #if !IO_IS_BF16 /* whose products a CPU has other units for */
 
@@ -18,7 +18,8 @@
 #define TOGETHER 3 /* vectors of a value */
 
 typedef struct {
-    int64_t threads, tokens, queries, prefix, heads, group, size, value_size, segments, window; /* window: T and more is none */
+    int64_t threads, tokens, queries, prefix, heads, group, size, value_size, segments;
+    int64_t window; /* T and more is none */
     double scale; /* of scores, which are exponents of 2 */
     const int64_t *cu_seqlens, *asking; /* (Q,) the tokens that are queries, in order; null where all are */
     const REAL *q, *k, *v, *prefix_k, *prefix_v;

@@ -137,14 +137,15 @@ INLINE void NAME(weigh)(NAME(step_workspace) *w, const IO *values, int64_t strid
 
 /* What is done, block by block, to the keys or values (`what`) of all spans; `at` of them come before a block. Each
    part of a span gives EACH of them to a whole block; what no whole block takes comes last, in a row. */
-#define FOR_ALL_BLOCKS(done, what, size)                                                                  \
-    int64_t at = 0;                                                                                       \
-    for (const NAME(span) *span = w->spans; span < w->spans + 4; span++)                                  \
-        for (int64_t j = 0; j < span->count; j += LANES) {                                                \
-            int count = NAME(lanes)(span->count, j), whole = count == LANES;                              \
-            int64_t first = whole ? j / LANES * EACH : j, apart = whole ? span->count / LANES * EACH : EACH; \
-            FOR_ALL_HEADS(done, span->what + first * span->what##_stride, span->what##_stride, apart, count, size) \
-            at += count;                                                                                  \
+#define FOR_ALL_BLOCKS(done, what, size)                                                 \
+    int64_t at = 0;                                                                      \
+    for (const NAME(span) *span = w->spans; span < w->spans + 4; span++)                 \
+        for (int64_t j = 0; j < span->count; j += LANES) {                               \
+            int count = NAME(lanes)(span->count, j), whole = count == LANES;             \
+            int64_t first = whole ? j / LANES * EACH : j, stride = span->what##_stride;  \
+            int64_t apart = whole ? span->count / LANES * EACH : EACH;                   \
+            FOR_ALL_HEADS(done, span->what + first * stride, stride, apart, count, size) \
+            at += count;                                                                 \
         }
 
 INLINE void NAME(score_all)(const NAME(step) *in, NAME(step_workspace) *w) {
